@@ -1,0 +1,102 @@
+"""`amortise`: the guide is built from the model, so the list of latent sites is written once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from guides.encoders import GaussianEncoder, PointEncoder
+from guides.mean_field import MeanField
+from pyro_scm.batch import Batch, Schema
+from pyro_scm.errors import ModelError
+from pyro_scm.sites import DATA
+
+__all__ = ["AmortisedGuide", "amortise"]
+
+FAMILIES = ("normal", "point")
+
+
+class HasSchema(Protocol):
+    """A data set, or anything else that has a schema."""
+
+    @property
+    def schema(self) -> Schema:
+        """Names and sizes."""
+        ...
+
+
+class AmortisedGuide(PyroModule):  # type: ignore[misc]
+    """q(globals) prod_n q(locals_n | cell n), sites in the model's own order.
+
+    Args:
+        local: site -> encoder, for sites inside the plate ``data``.
+        outside: site -> module that returns its variational distribution, for every other latent site.
+    """
+
+    def __init__(self, local: Mapping[str, nn.Module], outside: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.local, self.outside = nn.ModuleDict(local), nn.ModuleDict(outside)
+        self.spec: dict[str, Any] | None = None
+        """How `amortise` built it, for checkpoints."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sample every latent site. Returns the values by site."""
+        values = {name: pyro.sample(name, q()) for name, q in self.outside.items()}
+        with batch.plate():
+            values |= {name: pyro.sample(name, q(batch)) for name, q in self.local.items()}
+        return values
+
+
+def amortise(
+    model: Callable[..., Any],
+    cells: Schema | HasSchema,
+    *,
+    inputs: Sequence[str] = ("x", "e"),
+    hidden: Sequence[int] = (128,),
+    conditioning: str = "concatenate",
+    family: str = "normal",
+) -> AmortisedGuide:
+    """A guide for every latent site of `model`: an encoder inside the plate ``data``, free parameters outside it.
+
+    Args:
+        model: any Pyro program over a `Batch`.
+        cells: the training cells, or their schema.
+        inputs: what the encoders read: ``"x"``, ``"e"`` (the environment's representation), names of covariates.
+        hidden: widths of the encoders' hidden layers.
+        conditioning: ``"concatenate"``, or ``"film"``: one scale and one shift for each hidden unit (Perez et al. 2017).
+        family: ``"normal"``, or ``"point"`` for an autoencoder.
+
+    Raises:
+        ModelError: options that do not exist, or a model without latent sites.
+    """
+    if family not in FAMILIES:
+        raise ModelError(f"unknown guide family {family!r}: use one of {', '.join(FAMILIES)}")
+    schema = cells if isinstance(cells, Schema) else cells.schema
+    with torch.no_grad(), pyro.validation_enabled(False):
+        trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(Batch.example(schema))
+    local: dict[str, nn.Module] = {}
+    outside: dict[str, nn.Module] = {}
+    for name in trace.stochastic_nodes:
+        site = trace.nodes[name]
+        if type(site["fn"]).__name__ == "_Subsample":
+            continue
+        if any(frame.name == DATA for frame in site["cond_indep_stack"]):
+            size = int(site["fn"].event_shape.numel())
+            encoder = GaussianEncoder if family == "normal" else PointEncoder
+            local[name] = encoder(schema, size, inputs, hidden, conditioning)
+        else:
+            outside[name] = MeanField(site["fn"])
+    if not local and not outside:
+        raise ModelError("the model has no latent sites: there is nothing for a guide to infer")
+    guide = AmortisedGuide(local, outside)
+    guide.spec = {
+        "inputs": list(inputs),
+        "hidden": list(hidden),
+        "conditioning": conditioning,
+        "family": family,
+    }
+    return guide

@@ -1,0 +1,57 @@
+"""Free variational parameters for latent sites outside the plate ``data``."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.distributions.constraints import real
+from torch.nn import functional as F
+
+from pyro_scm.errors import ModelError
+
+__all__ = ["MeanField"]
+
+
+class MeanField(nn.Module):
+    """q(theta) = T(N(loc, scale^2)), T the bijection from the reals to the site's support.
+
+    Args:
+        site: the model's distribution at this site, for its support and shape.
+        scale: initial standard deviation.
+
+    Raises:
+        ModelError: a discrete site.
+    """
+
+    def __init__(self, site: Any, scale: float = 0.1) -> None:
+        super().__init__()
+        if site.support.is_discrete:
+            raise ModelError(
+                f"a site with distribution {type(site).__name__} is discrete: give its guide yourself, or marginalise it"
+            )
+        self.transform = biject_to(site.support)
+        self.event_dim, self.initial = site.event_dim, scale
+        self.plain = site.support is real or getattr(site.support, "base_constraint", None) is real
+        shape = self.transform.inverse_shape(site.batch_shape + site.event_shape)
+        self.loc = nn.Parameter(torch.zeros(shape))
+        self.raw_scale = nn.Parameter(torch.zeros(shape))
+
+    def reset_parameters(self) -> None:
+        """Near zero, narrow."""
+        with torch.no_grad():
+            self.loc.normal_(std=0.01)
+            self.raw_scale.fill_(float(torch.tensor(self.initial).expm1().log()))
+
+    def forward(self) -> dist.TorchDistribution:
+        """The variational distribution, of the site's shape."""
+        base = dist.Normal(self.loc, _positive(self.raw_scale))
+        if self.plain:
+            return base.to_event(self.event_dim)
+        transformed = dist.TransformedDistribution(base, [self.transform])
+        return transformed.to_event(self.event_dim - transformed.event_dim)
+
+
+def _positive(raw: Tensor) -> Tensor:
+    return 1e-4 + F.softplus(raw)

@@ -1,0 +1,174 @@
+"""Effect handlers: every change to a program is one of these around it, never a flag inside it."""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from pyro.distributions import Independent, TorchDistribution
+from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_scm.errors import InterventionError, listing
+from pyro_scm.sites import Z, node_site
+
+__all__ = ["Do", "Expose", "HoldNoise", "NoiseIntervention", "addressed", "anneal", "expose", "refuse_unknown"]
+
+Value: TypeAlias = "float | Tensor | Callable[[Tensor], Tensor]"
+Program: TypeAlias = Callable[..., Any]
+
+
+def addressed(names: Iterable[str]) -> list[str]:
+    """Those of `names` that a handler now on Pyro's stack speaks of (`do`, `condition`, `expose`, ChiRho's `do`).
+
+    A causal variable becomes a site of its own only when somebody asks for it: training never pays for it.
+    """
+    spoken: set[str] = set()
+    for handler in _PYRO_STACK:
+        for mapping in (getattr(handler, "data", None), getattr(handler, "actions", None)):
+            if isinstance(mapping, Mapping):
+                spoken |= {k for k in mapping if isinstance(k, str)}
+    return [name for name in names if name in spoken] if spoken else []
+
+
+class Do(DoMessenger):
+    """`pyro.poutine.do` whose values may also be functions of the natural value: ``{"c_3": lambda c: c + 1}``."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        rule = self.data.get(msg["name"])
+        if not callable(rule):
+            super()._pyro_sample(msg)
+            return
+        try:  # poutine.do knows numbers and tensors; the natural value is only known here
+            self.data = {**self.data, msg["name"]: torch.as_tensor(rule(msg["value"]))}
+            super()._pyro_sample(msg)
+        finally:
+            self.data = {**self.data, msg["name"].removesuffix("__CF"): rule}
+
+
+class Expose(Messenger):
+    """Makes the named deterministic sites appear in the trace, unchanged."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.data: dict[str, None] = dict.fromkeys(names)
+
+
+def expose(model: Program, nodes: Iterable[Hashable]) -> Program:
+    """The same program with a site ``c_<node>`` for each of `nodes`: for traces, `pyro.render_model` and teaching."""
+    exposed: Program = Expose(node_site(n) for n in nodes)(model)
+    return exposed
+
+
+class _Patched(TorchDistribution):  # type: ignore[misc]
+    """A diagonal distribution over z with some components replaced by laws of their own."""
+
+    arg_constraints = {}  # noqa: RUF012
+
+    def __init__(self, base: Independent, laws: Mapping[int, Distribution]) -> None:
+        self.base, self.laws = base, laws
+        self.has_rsample = base.has_rsample
+        self.support = base.support
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return _patch(self.base.sample(sample_shape), self.laws)
+
+    rsample = sample
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        terms = self.base.base_dist.log_prob(value).clone()
+        for j, law in self.laws.items():
+            terms[..., j] = law.log_prob(value[..., j])
+        return terms.sum(-1)
+
+
+def _patch(z: Tensor, laws: Mapping[int, Distribution]) -> Tensor:
+    z = z.clone()
+    for j, law in laws.items():
+        z[..., j] = law.sample(z.shape[:-1])
+    return z
+
+
+class NoiseIntervention(Messenger):
+    """Replaces the distribution of single components of the noise z (seed definition 2): mechanisms stay as they are.
+
+    Around a program whose z is already given (abducted), the named components are drawn anew and the others kept.
+
+    Args:
+        laws: index of the component -> its new distribution over scalars.
+    """
+
+    def __init__(self, laws: Mapping[int, Distribution]) -> None:
+        super().__init__()
+        self.laws = dict(laws)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] != Z:
+            return
+        size = msg["fn"].event_shape[-1]
+        bad = [j for j in self.laws if not 0 <= j < size]
+        if bad:
+            raise InterventionError(f"no noise component {listing(bad)}: z has components 0 to {size - 1}")
+        if msg["value"] is None:
+            msg["fn"] = _Patched(msg["fn"], self.laws)
+        else:
+            msg["value"] = _patch(msg["value"], self.laws)
+
+
+def diagonal(law: Any) -> Any:
+    """The Normal inside `Independent` and mask wrappers: it has loc and scale ``(..., n, d)``."""
+    while hasattr(law, "base_dist"):
+        law = law.base_dist
+    return law
+
+
+class HoldNoise(Messenger):
+    """z = mu + sigma * epsilon with the given standardised noise, whatever mu and sigma the program's environment has.
+
+    In these coordinates an Environment VAE is a Translation VAE: what abduction holds fixed when the environment
+    changes is epsilon, not z.
+
+    Args:
+        epsilon: ``(..., n, d)`` standardised noise of each cell.
+    """
+
+    def __init__(self, epsilon: Tensor) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == Z:
+            law = diagonal(msg["fn"])
+            msg["value"] = law.loc + law.scale * self.epsilon
+            msg["done"] = True
+
+
+class _Anneal(Messenger):
+    def __init__(self, weight: float | Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+def anneal(program: Program, weight: float | Tensor) -> Program:
+    """Multiplies the log-density of latent sites by `weight` (KL warm-up when put around both model and guide)."""
+    annealed: Program = _Anneal(weight)(program)
+    return annealed
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse interventions on sites that a model does not have; Pyro itself ignores them in silence.
+
+    Raises:
+        InterventionError: names them and what there is.
+    """
+    known = list(known)
+    bad = [name for name in given if name not in known]
+    if bad:
+        raise InterventionError(f"no causal variable {listing(bad)}: this model has {listing(known, 8)}")

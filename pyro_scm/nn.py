@@ -1,0 +1,95 @@
+"""Networks: plain `torch.nn.Module` parts, each able to draw its parameters anew by `reset_parameters`."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["FiLM", "MaskedMLP", "mlp", "reset_parameters"]
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear, ReLU, ..., Linear: ``(..., inputs) -> (..., outputs)``; linear where `hidden` is empty."""
+    sizes = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Draw every parameter anew from torch's generator, children before the modules that hold them.
+
+    A module with parameters of its own has a method `reset_parameters`, as torch's own layers do; one that adjusts its
+    children's initial values does so there too, which is why children come first.
+    """
+    for child in module.children():
+        reset_parameters(child)
+    own: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+    if own is not None:
+        own()
+
+
+class FiLM(nn.Module):
+    """h -> (1 + gamma(e)) * h + beta(e), one scale and one shift for each hidden unit (Perez et al. 2017).
+
+    Args:
+        inputs: length of x.
+        conditions: length of e.
+        hidden: widths of the hidden layers, each modulated before its ReLU.
+        outputs: length of the result.
+    """
+
+    def __init__(self, inputs: int, conditions: int, hidden: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        sizes = [inputs, *hidden]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.modulations = nn.ModuleList(nn.Linear(conditions, 2 * b) for b in hidden)
+        self.last = nn.Linear(sizes[-1], outputs)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """X ``(..., inputs)`` under e ``(..., conditions)`` -> ``(..., outputs)``."""
+        for layer, modulation in zip(self.layers, self.modulations, strict=True):
+            gamma, beta = modulation(e).chunk(2, -1)
+            x = F.relu((1 + gamma) * layer(x) + beta)
+        result: Tensor = self.last(x)
+        return result
+
+
+class MaskedMLP(nn.Module):
+    """k one-hidden-layer networks evaluated at once, network i reading only the inputs that row i of the mask allows.
+
+    Used for the mechanisms f_j of a topological generation of an SCM and for gene equations of the synthetic screens.
+
+    Args:
+        mask: ``(k, p)``, non-zero where network i reads input j.
+        hidden: hidden units of each network.
+        bias: whether the hidden units have one.
+    """
+
+    def __init__(self, mask: Tensor, hidden: int, bias: bool = True) -> None:
+        super().__init__()
+        k, p = mask.shape
+        self.mask: Tensor
+        self.register_buffer("mask", (mask != 0).to(torch.get_default_dtype()))
+        self.first = nn.Parameter(torch.empty(k, hidden, p))
+        self.offset = nn.Parameter(torch.empty(k, hidden), requires_grad=bias)
+        self.second = nn.Parameter(torch.empty(k, hidden))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform weights by each network's own number of inputs, zero offsets."""
+        fan_in = self.mask.sum(1).clamp(min=1)[:, None, None]
+        with torch.no_grad():
+            self.first.uniform_(-1, 1).mul_((3 / fan_in).sqrt())
+            self.second.uniform_(-1, 1).mul_(math.sqrt(3 / self.second.shape[1]))
+            self.offset.zero_()
+
+    def forward(self, c: Tensor) -> Tensor:
+        """C ``(..., p)`` -> ``(..., k)``."""
+        k, h, p = self.first.shape
+        weight = (self.first * self.mask[:, None, :]).reshape(k * h, p)
+        units = F.relu(F.linear(c, weight, self.offset.reshape(-1))).unflatten(-1, (k, h))
+        return (units * self.second).sum(-1)
