@@ -1,0 +1,92 @@
+"""Latent structural causal models of gene expression under perturbation, as Pyro programs.
+
+Axes and letters, the same everywhere:
+
+    n, N   cells of a batch, of the data set          x (n, G)   expression
+    G, P   genes, proteins                            y (n, P)   protein counts
+    d      latent causal variables (nodes)            z (n, d)   exogenous noise
+    E, F   environments, features of one              c (n, d)   causal variables, c_j = f_j(PA_j) + z_j
+    K, S   members of an ensemble, posterior draws    r (E, F)   representation of environments, e (n, F) of cells
+
+Names are loaded when they are first used, so that `import pyro_scm` and the command line start at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_scm import baselines, graphs, metrics, models
+    from pyro_scm.contracts import check
+    from pyro_scm.data.dataset import EnvironmentDataset
+    from pyro_scm.data.synthetic import simulate
+    from pyro_scm.evaluation import compare
+    from pyro_scm.infer import fit
+    from pyro_scm.model import LatentModel
+    from pyro_scm.objectives import Objective
+    from pyro_scm.posterior import to_arviz
+    from pyro_scm.query import counterfactual, do, effect, embed, expose, noise, predict, sweep
+    from pyro_scm.recipes import load
+    from pyro_scm.run import Run
+
+_PLACES = {
+    "EnvironmentDataset": "data.dataset",
+    "LatentModel": "model",
+    "Objective": "objectives",
+    "Run": "run",
+    "baselines": "",
+    "check": "contracts",
+    "compare": "evaluation",
+    "counterfactual": "query",
+    "do": "query",
+    "effect": "query",
+    "embed": "query",
+    "expose": "query",
+    "fit": "infer",
+    "graphs": "",
+    "load": "recipes",
+    "metrics": "",
+    "models": "",
+    "noise": "query",
+    "predict": "query",
+    "simulate": "data.synthetic",
+    "sweep": "query",
+    "to_arviz": "posterior",
+}
+
+__all__ = [
+    "EnvironmentDataset",
+    "LatentModel",
+    "Objective",
+    "Run",
+    "baselines",
+    "check",
+    "compare",
+    "counterfactual",
+    "do",
+    "effect",
+    "embed",
+    "expose",
+    "fit",
+    "graphs",
+    "load",
+    "metrics",
+    "models",
+    "noise",
+    "predict",
+    "simulate",
+    "sweep",
+    "to_arviz",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'pyro_scm' has no attribute {name!r}")
+    place = _PLACES[name]
+    value = getattr(import_module(f"pyro_scm.{place}"), name) if place else import_module(f"pyro_scm.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

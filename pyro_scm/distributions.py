@@ -49,7 +49,7 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "NegativeBinomial":
         """The same distribution with a larger batch shape."""
-        new = self._get_checked_instance(NegativeBinomial, _instance)
+        new: NegativeBinomial = self._get_checked_instance(NegativeBinomial, _instance)
         shape = torch.Size(batch_shape)
         new.log_mean, new.log_dispersion = self.log_mean.expand(shape), self.log_dispersion.expand(shape)
         super(NegativeBinomial, new).__init__(shape, validate_args=False)

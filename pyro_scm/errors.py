@@ -2,7 +2,15 @@
 
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "DataError", "InterventionError", "ModelError", "PyroScmError", "TrainingError", "listing"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "InterventionError",
+    "ModelError",
+    "PyroScmError",
+    "TrainingError",
+    "listing",
+]
 
 
 class PyroScmError(Exception):

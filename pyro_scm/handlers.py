@@ -1,7 +1,7 @@
 """Effect handlers: every change to a program is one of these around it, never a flag inside it."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from pyro.distributions import Independent, TorchDistribution
@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_scm.errors import InterventionError, listing
-from pyro_scm.sites import Z, node_site
+from pyro_scm.sites import Z
 
-__all__ = ["Do", "Expose", "HoldNoise", "NoiseIntervention", "addressed", "anneal", "expose", "refuse_unknown"]
+__all__ = ["Do", "Expose", "HoldNoise", "NoiseIntervention", "addressed", "anneal", "refuse_unknown"]
 
-Value: TypeAlias = "float | Tensor | Callable[[Tensor], Tensor]"
 Program: TypeAlias = Callable[..., Any]
 
 
@@ -35,6 +34,8 @@ def addressed(names: Iterable[str]) -> list[str]:
 
 class Do(DoMessenger):
     """`pyro.poutine.do` whose values may also be functions of the natural value: ``{"c_3": lambda c: c + 1}``."""
+
+    data: dict[str, Any]
 
     def _pyro_sample(self, msg: Any) -> None:
         rule = self.data.get(msg["name"])
@@ -56,16 +57,10 @@ class Expose(Messenger):
         self.data: dict[str, None] = dict.fromkeys(names)
 
 
-def expose(model: Program, nodes: Iterable[Hashable]) -> Program:
-    """The same program with a site ``c_<node>`` for each of `nodes`: for traces, `pyro.render_model` and teaching."""
-    exposed: Program = Expose(node_site(n) for n in nodes)(model)
-    return exposed
-
-
 class _Patched(TorchDistribution):  # type: ignore[misc]
     """A diagonal distribution over z with some components replaced by laws of their own."""
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base: Independent, laws: Mapping[int, Distribution]) -> None:
         self.base, self.laws = base, laws
@@ -82,7 +77,8 @@ class _Patched(TorchDistribution):  # type: ignore[misc]
         terms = self.base.base_dist.log_prob(value).clone()
         for j, law in self.laws.items():
             terms[..., j] = law.log_prob(value[..., j])
-        return terms.sum(-1)
+        total: Tensor = terms.sum(-1)
+        return total
 
 
 def _patch(z: Tensor, laws: Mapping[int, Distribution]) -> Tensor:

@@ -197,7 +197,9 @@ class NegativeBinomialLikelihood(Likelihood):
         """Negative binomial, event shape (G,)."""
         bound = _LOG_DISPERSION_BOUND
         log_mean = self.log_mean(c, batch)
-        return NegativeBinomial(log_mean, (bound * torch.tanh(self.raw_dispersion / bound)).expand_as(log_mean)).to_event(1)
+        return NegativeBinomial(
+            log_mean, (bound * torch.tanh(self.raw_dispersion / bound)).expand_as(log_mean)
+        ).to_event(1)
 
 
 def likelihood_for(schema: Schema, net: nn.Module, conditional: bool = False, kind: str | None = None) -> Likelihood:

@@ -72,7 +72,7 @@ BoolArray = NDArray[np.bool_]
 BLOCK_ENTRIES = 2**21
 """Largest number of entries of a block of pairwise distances or bootstrap draws (16 MiB in double precision)."""
 
-ROUNDING = 8 * np.finfo(np.float64).eps
+ROUNDING = 64 * np.finfo(np.float64).eps
 """A vector whose range is below this share of its largest value is constant up to rounding."""
 
 

@@ -66,4 +66,4 @@ class LatentModel(PyroModule):  # type: ignore[misc]
         with batch.plate():
             z = pyro.sample(Z, prior)
             c = self.scm(z + shift, gain)
-            return {likelihood.site: likelihood(c, batch) for likelihood in self.likelihoods}
+            return {str(likelihood.site): likelihood(c, batch) for likelihood in self.likelihoods}

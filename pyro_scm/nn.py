@@ -92,4 +92,5 @@ class MaskedMLP(nn.Module):
         k, h, p = self.first.shape
         weight = (self.first * self.mask[:, None, :]).reshape(k * h, p)
         units = F.relu(F.linear(c, weight, self.offset.reshape(-1))).unflatten(-1, (k, h))
-        return (units * self.second).sum(-1)
+        total: Tensor = (units * self.second).sum(-1)
+        return total

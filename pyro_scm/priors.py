@@ -9,7 +9,16 @@ from pyro_scm.batch import Batch
 from pyro_scm.distributions import normal
 from pyro_scm.errors import ModelError
 
-__all__ = ["Dense", "EnvironmentPrior", "FlatPrior", "SparseSoftmax", "Sparsifier", "StandardPrior", "TablePrior", "TopK"]
+__all__ = [
+    "Dense",
+    "EnvironmentPrior",
+    "FlatPrior",
+    "SparseSoftmax",
+    "Sparsifier",
+    "StandardPrior",
+    "TablePrior",
+    "TopK",
+]
 
 # bounds of log sigma_e: a prior narrower or wider than this by a factor of e^3 means a badly scaled network
 _LOG_SCALE_BOUND = 3.0

@@ -144,9 +144,10 @@ class LinearSCM(LatentSCM):
         if a.dim() == 2:  # one system, all cells as its right-hand sides: no batch of matrices
             columns = z.reshape(-1, self.latent).mT
             c = torch.linalg.solve_triangular(eye - a, columns, upper=False, unitriangular=True)
-            return c.mT.reshape(z.shape)
+            return torch.as_tensor(c.mT.reshape(z.shape))
         z = z.expand(torch.broadcast_shapes(z.shape, gain.shape if gain is not None else z.shape))
-        return torch.linalg.solve_triangular(eye - a, z.unsqueeze(-1), upper=False, unitriangular=True).squeeze(-1)
+        c = torch.linalg.solve_triangular(eye - a, z.unsqueeze(-1), upper=False, unitriangular=True)
+        return torch.as_tensor(c.squeeze(-1))
 
 
 class MechanismSCM(LatentSCM):

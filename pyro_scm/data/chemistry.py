@@ -87,7 +87,7 @@ _COUNTER_IONS = {
 
 
 def is_smiles(text: object) -> bool:
-    """Whether `text` is a SMILES string that every function of this module reads.
+    """Whether `text` is a SMILES string that `canonical` reads.
 
     Args:
         text: anything; what is not a string (None, nan) is not a SMILES.
@@ -124,7 +124,8 @@ def parent(smiles: str, *, name: str | None = None) -> str:
     Two salts or solvates of a compound share a parent. Bonds to metals of groups 1 and 2 count as ionic. A string with
     another metal (oxaliplatin), and one without any carbon (lithium chloride), is its own parent. A counter-ion such
     as pamoate is dropped even where it is larger than the drug, unless nothing else is left. S(+)-O(-) and
-    P(+)-O(-) are written with a double bond. Tautomers and stereoisomers keep different parents. Of two drugs in one string (dimenhydrinate) the larger is taken.
+    P(+)-O(-) are written with a double bond. Tautomers and stereoisomers keep different parents. Of two drugs in one
+    string (dimenhydrinate) the larger is taken.
 
     Args:
         smiles: the molecule.
@@ -230,13 +231,13 @@ def descriptors(smiles: Sequence[str], names: Sequence[str] | None = None) -> tu
     columns = list(rows[0][1])
     values = np.array([[row[column] for column in columns] for _, row in rows], dtype=np.float64)
     finite = np.isfinite(values).all(axis=0)
-    values[:, ~finite] = 0.0
     # Ipc, an information content, reaches 1e30 and more: scaled first, its square stays in range
-    values /= np.maximum(np.abs(values).max(axis=0), np.finfo(np.float64).tiny)
-    kept = finite & (np.ptp(values, axis=0) > 1e-12)
-    values = values[:, kept]
-    values = (values - values.mean(axis=0)) / values.std(axis=0)
-    return values.astype(np.float32), [column for column, keep in zip(columns, kept, strict=True) if keep]
+    largest = np.abs(values).max(axis=0, initial=np.finfo(np.float64).tiny)
+    scaled = np.divide(values, largest, out=np.zeros_like(values), where=finite)
+    kept = np.ptp(scaled, axis=0) > 1e-12
+    scaled = scaled[:, kept]
+    scaled = (scaled - scaled.mean(axis=0)) / scaled.std(axis=0)
+    return scaled.astype(np.float32), [column for column, keep in zip(columns, kept, strict=True) if keep]
 
 
 def tanimoto(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
@@ -539,7 +540,6 @@ def _oxides(mol: Any, charged_oxide: Any) -> Any:
         for atom, change in ((editable.GetAtomWithIdx(centre), -1), (editable.GetAtomWithIdx(oxygen), 1)):
             atom.SetFormalCharge(atom.GetFormalCharge() + change)
         editable.GetBondBetweenAtoms(centre, oxygen).SetBondType(Chem.BondType.DOUBLE)
-    Chem.SanitizeMol(editable)
     return editable.GetMol()
 
 

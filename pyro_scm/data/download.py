@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pyro_scm.errors import DataError, listing
 
@@ -182,6 +182,10 @@ def unpack(path: str | Path) -> Path:
     return target
 
 
+class _Interrupted(Exception):
+    """The connection broke while a file arrived."""
+
+
 class _Fetch(NamedTuple):
     opener: Opener
     progress: bool
@@ -271,7 +275,7 @@ def _transfer(url: str, part: Path, fetch: _Fetch) -> None:
                     f"{part.parent} by hand"
                 ) from error
             reason = str(error)
-        except (OSError, http.client.HTTPException) as error:
+        except (_Interrupted, OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
         failures = 0 if _size(part) > furthest else failures + 1
         furthest = max(furthest, _size(part))
@@ -320,18 +324,17 @@ def _write(response: Any, part: Path, offset: int, total: int | None, progress: 
 
     name = part.name.removesuffix(".part")
     bar = tqdm(desc=name, total=total, initial=offset, unit="B", unit_scale=True, disable=not progress)
-    with bar, _appending(part, offset) as out:
-        while chunk := response.read(CHUNK):
-            try:
-                out.write(chunk)
-                out.flush()  # a full disk shows here and not when the file is closed
-            except OSError as error:
-                raise DataError(f"{part} cannot be written ({error}): free some disk space") from error
-            bar.update(len(chunk))
-
-
-def _appending(part: Path, offset: int) -> IO[bytes]:
     try:
-        return part.open("ab" if offset else "wb")
-    except OSError as error:
-        raise DataError(f"{part} cannot be written ({error}): name another folder") from error
+        with bar, part.open("ab" if offset else "wb") as out:
+            while chunk := _chunk(response):
+                out.write(chunk)
+                bar.update(len(chunk))
+    except OSError as error:  # the disk's: those of the connection are _Interrupted
+        raise DataError(f"{part} cannot be written ({error}): free some space or name another folder") from error
+
+
+def _chunk(response: Any) -> bytes:
+    try:
+        return bytes(response.read(CHUNK))
+    except (OSError, http.client.HTTPException) as error:
+        raise _Interrupted(str(error) or type(error).__name__) from error

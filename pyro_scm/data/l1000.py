@@ -8,12 +8,12 @@ Connectivity Map. A file's rows are genes and become ``var``; its columns are sa
 
 import csv
 import gzip
-import io
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -623,22 +623,23 @@ def _table(source: Table, what: str) -> tuple[pd.DataFrame, str]:
         named = source.index.name is not None and source.index.name not in source
         return (source.reset_index() if named else source), f"{what} table"
     path = Path(source)
-    with _reading(path), _open(path) as stream:
-        text = io.StringIO(_text(stream.read()), newline="\n")
-    tabs = "\t" in text.readline()
-    text.seek(0)
-    # tab-separated names hold bare quotes (5'-deoxy...), and id lists longer than the csv module reads
-    lines = (line.rstrip("\r\n").split("\t") for line in text) if tabs else csv.reader(text)
     same: dict[str, str] = {}  # cells repeat, and the largest table has 1.3 million rows
-    header, rows = next(lines, []), []
-    for number, row in enumerate(lines, start=2):
-        if row and row != [""]:
-            if len(row) != len(header):
-                raise DataError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
-            rows.append([same.setdefault(cell, cell) for cell in row])
+    rows = []
+    with _reading(path), _open(path) as stream:
+        first = _text(stream.readline())
+        text = chain([first], map(_text, stream))
+        # tab-separated names hold bare quotes (5'-deoxy...), and id lists longer than the csv module reads
+        lines = (line.rstrip("\r\n").split("\t") for line in text) if "\t" in first else csv.reader(text)
+        header = [name.strip() for name in next(lines, [])]
+        _refuse_duplicates(header, f"{path}, line 1: duplicate columns")
+        for number, row in enumerate(lines, start=2):
+            if row and row != [""]:
+                if len(row) != len(header):
+                    raise DataError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
+                rows.append([same.setdefault(cell, cell) for cell in row])
     if not rows:
         raise DataError(f"{path} has no rows: a metadata table has a header and at least one row")
-    return pd.DataFrame(rows, columns=pd.Index([name.strip() for name in header]), dtype=object), str(path)
+    return pd.DataFrame(rows, columns=pd.Index(header), dtype=object), str(path)
 
 
 # ------------------------------------------------------------------------------------------------------- dose and time

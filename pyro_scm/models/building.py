@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, cast
 
 import networkx as nx
 
@@ -31,7 +31,7 @@ def recorded(build: Callable[Concatenate[Schema, P], LatentModel]) -> Callable[C
             model.spec = {"name": build.__name__, "options": dict(options)}
         return model
 
-    return wrapped
+    return cast("Callable[Concatenate[Schema, P], LatentModel]", wrapped)
 
 
 def decoder(

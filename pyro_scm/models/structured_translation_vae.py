@@ -27,7 +27,7 @@ def structured_translation_vae(
     k: int = 1,
     likelihood: str | None = None,
 ) -> LatentModel:
-    """z ~ N(0, I);  c_j = f_j(PA_j) + z_j + mu_bar_e,j;  x | c ~ p(x | decoder(c));  guide q(z | x).
+    """Z ~ N(0, I);  c_j = f_j(PA_j) + z_j + mu_bar_e,j;  x | c ~ p(x | decoder(c));  guide q(z | x).
 
     The Translation VAE's shift applied to the noise of a structural causal model. What is identified is said under
     `structured_environment_vae`.
@@ -45,6 +45,8 @@ def structured_translation_vae(
         k: latents that an environment may move, of top-k.
         likelihood: see `likelihood_for`.
     """
-    shift = EnvironmentShift(mlp(len(schema.features), environment_hidden, latent), sparsifier_for(sparsity, temperature, k))
+    shift = EnvironmentShift(
+        mlp(len(schema.features), environment_hidden, latent), sparsifier_for(sparsity, temperature, k)
+    )
     scm = causal_layer(latent, mechanism, depth, graph)
     return LatentModel(StandardPrior(latent), decoder(schema, latent, hidden, likelihood), scm=scm, shift=shift)

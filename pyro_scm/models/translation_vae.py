@@ -22,7 +22,7 @@ def translation_vae(
     k: int = 1,
     likelihood: str | None = None,
 ) -> LatentModel:
-    """z ~ N(0, I);  c = z + mu_bar_e;  x | c ~ p(x | decoder(c));  guide q(z | x).
+    """Z ~ N(0, I);  c = z + mu_bar_e;  x | c ~ p(x | decoder(c));  guide q(z | x).
 
     The guide predicts only what does not depend on the environment. In centred coordinates c this is the Environment
     VAE with sigma_bar_e = 1.
@@ -37,5 +37,7 @@ def translation_vae(
         k: latents that an environment may move, of top-k.
         likelihood: see `likelihood_for`.
     """
-    shift = EnvironmentShift(mlp(len(schema.features), environment_hidden, latent), sparsifier_for(sparsity, temperature, k))
+    shift = EnvironmentShift(
+        mlp(len(schema.features), environment_hidden, latent), sparsifier_for(sparsity, temperature, k)
+    )
     return LatentModel(StandardPrior(latent), decoder(schema, latent, hidden, likelihood), shift=shift)

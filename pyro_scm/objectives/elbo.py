@@ -88,7 +88,7 @@ class Penalty(nn.Module):
         raise NotImplementedError  # abstract
 
     def forward(self, world: World) -> Tensor:
-        """weight * penalty."""
+        """Weight * penalty."""
         return self.weight * self.penalty(world)
 
 

@@ -1,0 +1,382 @@
+"""Synthetic perturbation screens with a known latent SCM (seed section 5.1), made of the models' own parts.
+
+The truth is a `LatentModel` with fixed parameters, so it answers every query that a learnt model does.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_scm import graphs
+from pyro_scm.batch import Batch, Schema, Statistics
+from pyro_scm.errors import DataError, listing
+from pyro_scm.likelihoods import Gaussian, Likelihood, NegativeBinomialLikelihood
+from pyro_scm.model import LatentModel
+from pyro_scm.nn import MaskedMLP
+from pyro_scm.priors import TablePrior
+from pyro_scm.regimes import TableRegime
+from pyro_scm.scm import LatentSCM, LinearSCM, MechanismSCM
+from pyro_scm.sites import C, X, Z
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from pyro_scm.data.dataset import EnvironmentDataset
+
+__all__ = ["CONTROL", "Screen", "dataset", "simulate", "truth", "world"]
+
+CONTROL = "control"
+UNS_KEY = "truth"
+GRAPHS = ("empty", "growing", "multi-growing", "layered")
+INTERVENTIONS = ("shift", "scale", "mechanism", "hard")
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Settings of a synthetic screen; the defaults are those of the seed's section 6.4, with noisy observations.
+
+    Args:
+        latent: d causal variables.
+        genes: G observed genes.
+        environments: E, the first of which is the reference.
+        cells: in each environment.
+        graph: ``"empty"``, ``"growing"``, ``"multi-growing"`` (0 to 3 parents), ``"layered"`` (2 layers or more), or
+            edges [[parent, child], ...] over nodes 0..d-1.
+        mechanism: structural equations ``"linear"`` or ``"network"`` (one hidden layer of 3 ReLU units).
+        decoder: gene equations ``"linear"`` or ``"network"`` (likewise).
+        attachment: probability that a gene reads a latent; a gene that would read none reads one at random.
+        observation: ``"gaussian"`` or ``"negative-binomial"``.
+        noise: standard deviation of Gaussian observation noise.
+        depth: median library size of negative binomial observations.
+        dispersion: inverse dispersion theta of negative binomial observations.
+        interventions: kinds, taken in turn by the environments: ``"shift"`` (mean of z_j), ``"scale"`` (sd of z_j times 3
+            or 1/3), ``"mechanism"`` (the sign of f_j flips), ``"hard"`` (parents cut, c_j around a mean of its own).
+        targets: latents that an environment acts on.
+        cover: targets go through all latents in turn; otherwise they are drawn at random.
+        strength: standard deviation of shifts, N(0, strength^2); or their absolute value if `constant`.
+        constant: shifts are +strength or -strength.
+        descriptors: length of a descriptor of each environment that carries its effect as a fingerprint would: the
+            effect vector times a random matrix, plus noise of `descriptor_noise` times its scale; 0 for none.
+        descriptor_noise: see `descriptors`.
+        seed: of everything.
+    """
+
+    latent: int = 5
+    genes: int = 30
+    environments: int = 6
+    cells: int = 500
+    graph: str | Sequence[Sequence[int]] = "growing"
+    mechanism: str = "linear"
+    decoder: str = "network"
+    attachment: float = 0.5
+    observation: str = "gaussian"
+    noise: float = 0.1
+    depth: float = 2000.0
+    dispersion: float = 10.0
+    interventions: Sequence[str] = ("shift",)
+    targets: int = 1
+    cover: bool = True
+    strength: float = 5.0
+    constant: bool = False
+    descriptors: int = 0
+    descriptor_noise: float = 0.1
+    seed: int = 0
+
+
+def simulate(screen: Screen | None = None, **settings: Any) -> "AnnData":
+    """Cells of a synthetic screen, its truth beside them.
+
+    Args:
+        screen: settings; or give them by name.
+        **settings: fields of `Screen`.
+
+    Returns:
+        AnnData with obs ``perturbation`` and ``targets``, obsm ``z`` and ``c``, uns ``truth`` (all of the generating
+        model: graph, weights, targets, shifts), uns ``descriptors`` where asked for.
+
+    Raises:
+        DataError: a setting that makes no screen.
+    """
+    from anndata import AnnData
+
+    screen = screen or Screen(**settings)
+    _check(screen)
+    rng = np.random.default_rng(screen.seed)
+    tables = _interventions(screen, rng)
+    model = _model(screen, rng, tables)
+    env = np.repeat(np.arange(screen.environments), screen.cells)
+    size = rng.lognormal(np.log(screen.depth), 0.3, len(env)) if screen.observation != "gaussian" else None
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(screen.seed)
+        trace = poutine.trace(model).get_trace(world(screen.environments, env, size=size))
+    values = {site: trace.nodes[site]["value"].numpy() for site in (Z, C, X)}
+    names = _environment_names(screen)
+    targets = ["+".join(str(j) for j in np.flatnonzero(row)) for row in tables["targets"]]
+    obs = pd.DataFrame(
+        {
+            "perturbation": pd.Categorical(np.array(names)[env], categories=pd.Index(names)),
+            "targets": pd.Categorical(np.array(targets)[env]),
+        },
+        index=[f"cell_{i}" for i in range(len(env))],
+    )
+    adata = AnnData(
+        X=values[X].astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"gene_{g}" for g in range(screen.genes)])
+    )
+    adata.obsm["z"], adata.obsm["c"] = values[Z], values[C]
+    adata.uns[UNS_KEY] = {
+        "screen": json.dumps(asdict(screen)),
+        "graph": _adjacency(model.scm),
+        "targets": tables["targets"],
+        "shift": tables["shift"],
+        "parameters": {name: value.numpy() for name, value in model.state_dict().items()},
+    }
+    if screen.descriptors:
+        adata.uns["descriptors"] = _descriptors(screen, tables, names)
+    return adata
+
+
+def truth(adata: "AnnData") -> LatentModel:
+    """The model that generated a synthetic screen.
+
+    Raises:
+        DataError: an AnnData that `simulate` did not make.
+    """
+    if UNS_KEY not in adata.uns or "screen" not in adata.uns[UNS_KEY]:
+        raise DataError("this AnnData has no uns['truth']: the truth is only known of a screen made by `simulate`")
+    stored = adata.uns[UNS_KEY]
+    screen = Screen(**json.loads(stored["screen"]))
+    rng = np.random.default_rng(screen.seed)
+    model = _model(screen, rng, _interventions(screen, rng))
+    model.load_state_dict({name: torch.as_tensor(np.asarray(v)) for name, v in stored["parameters"].items()})
+    return model
+
+
+def dataset(adata: "AnnData", representation: str = "one-hot") -> "EnvironmentDataset":
+    """The cells of a synthetic screen as an `EnvironmentDataset`.
+
+    Args:
+        adata: made by `simulate`.
+        representation: ``"one-hot"``; ``"descriptors"``; or ``"oracle"``: the true shift of each latent, as in the
+            seed's experiments.
+    """
+    from pyro_scm.data.dataset import EnvironmentDataset
+
+    given: Any = representation
+    if representation == "descriptors":
+        given = adata.uns["descriptors"]
+    elif representation == "oracle":
+        shift = np.asarray(adata.uns[UNS_KEY]["shift"], np.float32)
+        given = dict(zip(adata.obs["perturbation"].cat.categories.astype(str), shift, strict=True))
+    return EnvironmentDataset.from_anndata(
+        adata, environment="perturbation", control=CONTROL, targets="targets", representation=given
+    )
+
+
+def world(
+    environments: int,
+    env: "np.ndarray[Any, Any]",
+    *,
+    size: "np.ndarray[Any, Any] | None" = None,
+    x: Tensor | None = None,
+) -> Batch:
+    """A batch of cells in the given environments of a synthetic screen, for its true model.
+
+    Args:
+        environments: E.
+        env: ``[n]`` environment of each cell.
+        size: ``[n]`` library size.
+        x: ``(n, G)`` observed expression, if any.
+    """
+    rows = torch.as_tensor(env, dtype=torch.int64)
+    perturbed = torch.ones(environments)
+    perturbed[0] = 0
+    return Batch(
+        index=torch.arange(len(rows)),
+        env=rows,
+        row=rows,
+        r=torch.eye(environments),
+        perturbed=perturbed,
+        total=len(rows),
+        x=x,
+        size=None if size is None else torch.as_tensor(size, dtype=torch.float32),
+    )
+
+
+def _environment_names(screen: Screen) -> list[str]:
+    width = len(str(screen.environments - 1))
+    return [CONTROL, *(f"env_{e:0{width}d}" for e in range(1, screen.environments))]
+
+
+def _interventions(screen: Screen, rng: np.random.Generator) -> dict[str, Any]:
+    """Targets, shifts, scales and gains ``[E, d]`` of the environments."""
+    shape = (screen.environments, screen.latent)
+    targets, shift = np.zeros(shape, dtype=bool), np.zeros(shape, np.float32)
+    scale, gain = np.ones(shape, np.float32), np.ones(shape, np.float32)
+    turn = rng.permutation(screen.latent)
+    for e in range(1, screen.environments):
+        if screen.cover:
+            chosen = turn[((e - 1) * screen.targets + np.arange(screen.targets)) % screen.latent]
+        else:
+            chosen = rng.choice(screen.latent, screen.targets, replace=False)
+        kind = screen.interventions[(e - 1) % len(screen.interventions)]
+        targets[e, chosen] = True
+        if kind in ("shift", "hard"):
+            size = screen.strength if screen.constant else np.abs(rng.normal(0, screen.strength, len(chosen)))
+            shift[e, chosen] = rng.choice([-1.0, 1.0], len(chosen)) * size
+        if kind == "scale":
+            scale[e, chosen] = rng.choice([3.0, 1 / 3], len(chosen))
+        if kind == "mechanism":
+            gain[e, chosen] = -1.0
+        if kind == "hard":
+            gain[e, chosen] = 0.0
+    return {"targets": targets, "shift": shift, "scale": scale, "gain": gain}
+
+
+def _graph(screen: Screen) -> nx.DiGraph:
+    if not isinstance(screen.graph, str):
+        return graphs.from_edges(((int(a), int(b)) for a, b in screen.graph), range(screen.latent))
+    if screen.graph == "growing":
+        return graphs.growing(screen.latent, screen.seed)
+    if screen.graph == "multi-growing":
+        return graphs.multi_growing(screen.latent, screen.seed)
+    if screen.graph == "layered":
+        return graphs.layered(screen.latent, max(2, round(screen.latent**0.5)) if screen.latent > 1 else 1)
+    return graphs.independent(screen.latent)
+
+
+def _signs(rng: np.random.Generator, shape: Any) -> Tensor:
+    return torch.as_tensor(rng.choice([-1.0, 1.0], tuple(shape)), dtype=torch.float32)
+
+
+def _randomise(network: MaskedMLP, rng: np.random.Generator) -> MaskedMLP:
+    """Weights in {-1, 1}, no offsets."""
+    with torch.no_grad():
+        network.first.copy_(_signs(rng, network.first.shape))
+        network.second.copy_(_signs(rng, network.second.shape))
+        network.offset.zero_()
+    return network
+
+
+def _causal_layer(screen: Screen, rng: np.random.Generator) -> LatentSCM:
+    graph = _graph(screen)
+    if screen.mechanism == "linear":
+        linear = LinearSCM(graph)
+        with torch.no_grad():
+            linear.weight.copy_(_signs(rng, linear.weight.shape) * linear.mask)
+        return linear
+    scm = MechanismSCM(graph, hidden=3)
+    for mechanism in scm.mechanisms:
+        assert isinstance(mechanism, MaskedMLP)
+        _randomise(mechanism, rng)
+    return scm
+
+
+def _likelihood(screen: Screen, rng: np.random.Generator) -> Likelihood:
+    reads = rng.random((screen.genes, screen.latent)) < screen.attachment
+    none = ~reads.any(1)
+    reads[none, rng.integers(screen.latent, size=int(none.sum()))] = True
+    mask = torch.as_tensor(reads, dtype=torch.float32)
+    net: nn.Module
+    if screen.decoder == "linear":
+        net = nn.Linear(screen.latent, screen.genes)
+        with torch.no_grad():
+            net.weight.copy_(_signs(rng, mask.shape) * mask)
+            net.bias.zero_()
+    else:
+        net = _randomise(MaskedMLP(mask, hidden=3), rng)
+    counts = screen.observation != "gaussian"
+    statistics = Statistics(
+        torch.zeros(screen.genes),
+        torch.ones(screen.genes),
+        torch.as_tensor(rng.dirichlet(np.full(screen.genes, 5.0)), dtype=torch.float32),
+        screen.depth,
+    )
+    schema = Schema(
+        genes=tuple(f"gene_{g}" for g in range(screen.genes)),
+        environments=tuple(_environment_names(screen)),
+        features=tuple(_environment_names(screen)),
+        counts=counts,
+        statistics=statistics,
+    )
+    if counts:
+        likelihood = NegativeBinomialLikelihood(_Tempered(net), schema)
+        with torch.no_grad():
+            likelihood.raw_dispersion.fill_(float(8 * np.arctanh(np.log(screen.dispersion) / 8)))
+        return likelihood
+    gaussian = Gaussian(net, schema, floor=1e-6)
+    with torch.no_grad():
+        gaussian.raw_scale.fill_(float(np.log(np.expm1(max(screen.noise, 1e-6)))))
+    return gaussian
+
+
+class _Tempered(nn.Module):
+    """2 tanh(net / 6): log fold changes of counts stay within a factor of e^2 whatever the shift."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, c: Tensor) -> Tensor:
+        return 2 * torch.tanh(self.net(c) / 6)
+
+
+def _model(screen: Screen, rng: np.random.Generator, tables: dict[str, Any]) -> LatentModel:
+    gain = torch.as_tensor(tables["gain"])
+    model = LatentModel(
+        prior=TablePrior(torch.as_tensor(tables["shift"]), torch.as_tensor(tables["scale"])),
+        scm=_causal_layer(screen, rng),
+        regime=TableRegime(gain) if bool((gain != 1).any()) else None,
+        likelihood=_likelihood(screen, rng),
+    )
+    truth: LatentModel = model.requires_grad_(False).eval()
+    return truth
+
+
+def _adjacency(scm: LatentSCM) -> "np.ndarray[Any, Any]":
+    """``[d, d]``, entry [j, i] is 1 where latent i is a parent of latent j, by node number."""
+    matrix = nx.to_numpy_array(scm.graph, nodelist=sorted(scm.graph.nodes), weight=None)
+    result: np.ndarray[Any, Any] = matrix.T.astype(np.int8)
+    return result
+
+
+def _descriptors(screen: Screen, tables: dict[str, Any], names: Sequence[str]) -> pd.DataFrame:
+    rng = np.random.default_rng([screen.seed, 1])
+    effect = np.concatenate([tables["shift"], np.log(tables["scale"]), tables["gain"] - 1], 1)
+    values = effect @ rng.normal(size=(effect.shape[1], screen.descriptors)) / max(screen.strength, 1.0)
+    values += screen.descriptor_noise * values.std() * rng.normal(size=values.shape)
+    values[0] = 0.0  # the reference has no molecule
+    return pd.DataFrame(
+        values.astype(np.float32), index=list(names), columns=[f"descriptor_{i}" for i in range(screen.descriptors)]
+    )
+
+
+def _check(screen: Screen) -> None:
+    for name in ("latent", "genes", "environments", "cells"):
+        if getattr(screen, name) < 1:
+            raise DataError(f"{name} = {getattr(screen, name)}: a screen needs at least 1")
+    if not 1 <= screen.targets <= screen.latent:
+        raise DataError(f"targets = {screen.targets}: choose between 1 and the number of latents ({screen.latent})")
+    if not 0 <= screen.attachment <= 1:
+        raise DataError(f"attachment = {screen.attachment}: give a probability")
+    choices = (
+        ("graph", (screen.graph,) if isinstance(screen.graph, str) else (), GRAPHS),
+        ("mechanism", (screen.mechanism,), ("linear", "network")),
+        ("decoder", (screen.decoder,), ("linear", "network")),
+        ("observation", (screen.observation,), ("gaussian", "negative-binomial")),
+        ("interventions", screen.interventions, INTERVENTIONS),
+    )
+    for name, given, known in choices:
+        unknown = [g for g in given if g not in known]
+        if unknown:
+            raise DataError(f"unknown {name} {listing(unknown)}: use {', '.join(known)}")
+    if not screen.interventions:
+        raise DataError("no kind of intervention given: name at least one of " + ", ".join(INTERVENTIONS))

@@ -1,0 +1,191 @@
+"""One program, K sets of parameters: an ensemble evaluated in one vectorised call."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyro_scm.batch import Batch
+from pyro_scm.errors import ModelError
+from pyro_scm.handlers import diagonal
+from pyro_scm.nn import reset_parameters
+from pyro_scm.objectives import Objective
+from pyro_scm.sites import DATA
+
+__all__ = ["Ensemble", "System", "stack_initial"]
+
+
+class _Noise(Messenger):
+    """Draws Normal sites from given standard noise, so that each member's noise is its own seed's."""
+
+    def __init__(self, noise: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.noise and not msg["is_observed"]:
+            law = diagonal(msg["fn"])
+            msg["value"] = law.loc + law.scale * self.noise[msg["name"]]
+            msg["done"] = True
+
+
+class System(nn.Module):
+    """Model, guide and objective as one module whose `forward` is a loss: what is replicated, differentiated, moved.
+
+    Args:
+        model: generative program.
+        guide: its guide.
+        objective: the loss; its penalties become part of this module.
+    """
+
+    def __init__(self, model: nn.Module, guide: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.guide, self.objective = model, guide, objective
+        self.penalties = nn.ModuleDict(objective.penalties)
+
+    def critic_names(self) -> set[str]:
+        """Names of the parameters that the critics own; all others are the model's."""
+        return {
+            f"penalties.{key}.critic.{name}"
+            for key, penalty in self.objective.penalties.items()
+            if penalty in self.objective.adversaries
+            for name, _ in penalty.critic.named_parameters()  # type: ignore[union-attr]
+        }
+
+    def forward(
+        self,
+        batch: Batch,
+        noise: Sequence[Mapping[str, Tensor]],
+        kl_weight: float | Tensor = 1.0,
+        critics: bool = False,
+    ) -> dict[str, Tensor]:
+        """Losses per cell: the model's (``loss``, ``reconstruction``, ``kl``, each penalty), or the critics' (``loss``).
+
+        Bound methods are called, not the modules: nothing is then registered with Pyro's global parameter store.
+        """
+        programs = (self.model.forward, self.guide.forward)
+        total: dict[str, Tensor] = {}
+        for particle in noise:
+            world = self.objective.world(*programs, batch, [_Noise(particle)])
+            if critics:
+                losses = [a.critic_loss(world) for a in self.objective.adversaries]
+                parts = {"loss": sum(losses, torch.zeros(()))}
+            else:
+                terms = self.objective.terms(world)
+                parts = {
+                    "loss": terms.loss(self.objective.kl_weight * kl_weight),
+                    "reconstruction": terms.reconstruction,
+                    "kl": terms.kl,
+                    **terms.penalties,
+                }
+            for name, value in parts.items():
+                total[name] = total.get(name, 0.0) + value / (len(noise) * batch.total)
+        return total
+
+
+class Ensemble:
+    """K members of a system.
+
+    Args:
+        system: the structure; its buffers are shared by all members.
+        parameters: name -> ``(K, ...)``.
+        generators: K random generators, one a member, of the latent noise.
+    """
+
+    def __init__(self, system: System, parameters: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> None:
+        self.system = system
+        self.parameters = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+        self.generators = list(generators)
+        self.sites: dict[str, tuple[bool, torch.Size]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Shared by all members."""
+        return dict(self.system.named_buffers())
+
+    def _noise_sites(self, batch: Batch) -> dict[str, tuple[bool, torch.Size]]:
+        """Normal latent sites of the guide: whether inside the plate, and the shape of what is not the plate."""
+        if self.sites is None:
+            with torch.no_grad():
+                guide = poutine.block(self.system.guide.forward, hide_types=["param"])
+                trace = poutine.trace(guide).get_trace(batch)
+            self.sites = {}
+            for name in trace.stochastic_nodes:
+                site = trace.nodes[name]
+                if not isinstance(diagonal(site["fn"]), torch.distributions.Normal):
+                    continue  # a site that draws for itself
+                local = any(frame.name == DATA for frame in site["cond_indep_stack"])
+                self.sites[name] = (local, site["value"].shape[1:] if local else site["value"].shape)
+        return self.sites
+
+    def noise(self, batch: Batch, generators: Iterable[torch.Generator] | None = None) -> dict[str, Tensor]:
+        """Standard noise ``(K, n, ...)`` for every Normal latent site, member k's from its own generator."""
+        sites = self._noise_sites(batch)
+        draws: dict[str, list[Tensor]] = {name: [] for name in sites}
+        for generator in generators or self.generators:
+            for name, (local, rest) in sites.items():
+                shape = (len(batch), *rest) if local else tuple(rest)
+                draws[name].append(torch.randn(shape, generator=generator, device=generator.device))
+        return {name: torch.stack(values) for name, values in draws.items()}
+
+    def losses(
+        self,
+        batch: Batch,
+        noise: Sequence[Mapping[str, Tensor]],
+        kl_weight: float | Tensor = 1.0,
+        critics: bool = False,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses ``(K,)`` of every member on the same cells; see `System.forward`."""
+        values = dict(parameters if parameters is not None else self.parameters)
+        buffers = self.buffers()
+
+        def one(member: dict[str, Tensor], tape: list[dict[str, Tensor]]) -> Any:
+            return functional_call(self.system, (member, buffers), (batch, tape, kl_weight, critics))
+
+        tape = [dict(particle) for particle in noise]
+        if len(self) == 1:  # the usual case pays nothing for the ensemble
+            first = one({k: v[0] for k, v in values.items()}, [{k: v[0] for k, v in t.items()} for t in tape])
+            return {name: value.unsqueeze(0) for name, value in first.items()}
+        with pyro.validation_enabled(False):  # checks of values cannot run inside vmap
+            result: dict[str, Tensor] = torch.func.vmap(one, randomness="different")(values, tape)
+        return result
+
+    def load_member(self, k: int, parameters: Mapping[str, Tensor] | None = None) -> None:
+        """Put member k's parameters into the system's own modules."""
+        values = parameters if parameters is not None else self.parameters
+        with torch.no_grad():
+            for name, own in self.system.named_parameters():
+                own.copy_(values[name][k])
+
+
+def stack_initial(system: System, seeds: Sequence[int], fresh: bool = True) -> dict[str, Tensor]:
+    """Initial parameters ``(K, ...)``: drawn anew from each seed, or K copies of the present ones.
+
+    Raises:
+        ModelError: a parameter that `reset_parameters` does not draw, so that all members would share its value.
+    """
+    if not fresh:
+        return {name: p.detach().expand(len(seeds), *p.shape).clone() for name, p in system.named_parameters()}
+    drawn: list[dict[str, Tensor]] = []
+    for seed in seeds:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            for p in system.parameters():
+                p.fill_(torch.nan)
+            reset_parameters(system)
+            drawn.append({name: p.detach().clone() for name, p in system.named_parameters()})
+    forgotten = [name for name, p in drawn[0].items() if p.isnan().any()]
+    if forgotten:
+        raise ModelError(
+            f"parameter {forgotten[0]!r} has no initial value: give the module that holds it a method reset_parameters "
+            "which draws it (torch's own layers have one)"
+        )
+    return {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
