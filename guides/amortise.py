@@ -67,7 +67,7 @@ def amortise(
         cells: the training cells, or their schema.
         inputs: what the encoders read: ``"x"``, ``"e"`` (the environment's representation), names of covariates.
         hidden: widths of the encoders' hidden layers.
-        conditioning: ``"concatenate"``, or ``"film"``: one scale and one shift for each hidden unit (Perez et al. 2017).
+        conditioning: ``"concatenate"``, or ``"film"``: a scale and a shift for each hidden unit (Perez et al. 2017).
         family: ``"normal"``, or ``"point"`` for an autoencoder.
 
     Raises:

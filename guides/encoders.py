@@ -75,11 +75,8 @@ class _Encoder(nn.Module):
 
     def _encode(self, batch: Batch) -> Tensor:
         x, conditions = self._expression(batch), self._conditions(batch)
-        out: Tensor
-        if self.film:
-            out = self.net(x, torch.cat(conditions, -1))
-        else:
-            out = self.net(torch.cat([x, *conditions], -1))
+        given = (x, torch.cat(conditions, -1)) if self.film else (torch.cat([x, *conditions], -1),)
+        out: Tensor = self.net(*given)
         return out
 
 

@@ -29,14 +29,15 @@ class MeanField(nn.Module):
         super().__init__()
         if site.support.is_discrete:
             raise ModelError(
-                f"a site with distribution {type(site).__name__} is discrete: give its guide yourself, or marginalise it"
+                f"a site with distribution {type(site).__name__} is discrete: write its guide, or marginalise it"
             )
         self.transform = biject_to(site.support)
         self.event_dim, self.initial = site.event_dim, scale
         self.plain = site.support is real or getattr(site.support, "base_constraint", None) is real
         shape = self.transform.inverse_shape(site.batch_shape + site.event_shape)
-        self.loc = nn.Parameter(torch.zeros(shape))
-        self.raw_scale = nn.Parameter(torch.zeros(shape))
+        self.loc = nn.Parameter(torch.empty(shape))
+        self.raw_scale = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Near zero, narrow."""

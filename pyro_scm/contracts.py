@@ -20,7 +20,7 @@ __all__ = ["check"]
 
 
 def check(model: nn.Module, guide: nn.Module, batch: Batch, objective: Objective | None = None) -> None:
-    """Sites match, the ELBO is finite, every parameter gets a gradient, do clamps and propagates, simulation has shapes.
+    """Sites match, the ELBO is finite, every parameter has a gradient, do clamps and propagates, simulation has shapes.
 
     Args:
         model: generative program with sites ``c`` and ``x``.

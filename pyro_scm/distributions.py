@@ -29,7 +29,8 @@ def _stirling_tail(a: Tensor) -> Tensor:
 class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
     """NB(mu, theta): mean mu, variance mu + mu^2 / theta; tends to Poisson(mu) as theta grows.
 
-    log p(x) = lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + theta log(theta / (theta + mu)) + x log(mu / (theta + mu))
+    log p(x) = lgamma(x + theta) - lgamma(theta) - lgamma(x + 1)
+               + theta log(theta / (theta + mu)) + x log(mu / (theta + mu))
 
     evaluated so that it keeps its digits in float32 for theta from 1e-8 to 1e12: for large theta the difference of
     log-gammas and the two logarithms, each of size theta, are combined by Stirling's series before they cancel.

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from pyro_scm.batch import Batch
 from pyro_scm.errors import ModelError
-from pyro_scm.handlers import diagonal
+from pyro_scm.handlers import reparametrised
 from pyro_scm.nn import reset_parameters
 from pyro_scm.objectives import Objective
 from pyro_scm.sites import DATA
@@ -21,7 +21,7 @@ __all__ = ["Ensemble", "System", "stack_initial"]
 
 
 class _Noise(Messenger):
-    """Draws Normal sites from given standard noise, so that each member's noise is its own seed's."""
+    """Draws Normal sites, and transforms of them, from given standard noise: each member's noise is its own seed's."""
 
     def __init__(self, noise: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -29,8 +29,11 @@ class _Noise(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.noise and not msg["is_observed"]:
-            law = diagonal(msg["fn"])
-            msg["value"] = law.loc + law.scale * self.noise[msg["name"]]
+            law, transforms = reparametrised(msg["fn"])
+            value = law.loc + law.scale * self.noise[msg["name"]]
+            for transform in transforms:
+                value = transform(value)
+            msg["value"] = value
             msg["done"] = True
 
 
@@ -64,7 +67,7 @@ class System(nn.Module):
         kl_weight: float | Tensor = 1.0,
         critics: bool = False,
     ) -> dict[str, Tensor]:
-        """Losses per cell: the model's (``loss``, ``reconstruction``, ``kl``, each penalty), or the critics' (``loss``).
+        """Losses per cell: the model's (loss, reconstruction, kl, each penalty), or the critics' (loss).
 
         Bound methods are called, not the modules: nothing is then registered with Pyro's global parameter store.
         """
@@ -99,7 +102,10 @@ class Ensemble:
 
     def __init__(self, system: System, parameters: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> None:
         self.system = system
-        self.parameters = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+        frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
+        self.parameters = {
+            name: value.detach().clone().requires_grad_(name not in frozen) for name, value in parameters.items()
+        }
         self.generators = list(generators)
         self.sites: dict[str, tuple[bool, torch.Size]] | None = None
 
@@ -111,7 +117,7 @@ class Ensemble:
         return dict(self.system.named_buffers())
 
     def _noise_sites(self, batch: Batch) -> dict[str, tuple[bool, torch.Size]]:
-        """Normal latent sites of the guide: whether inside the plate, and the shape of what is not the plate."""
+        """Sites of the guide that are Normal or a transform of it: whether inside the plate, the shape of the rest."""
         if self.sites is None:
             with torch.no_grad():
                 guide = poutine.block(self.system.guide.forward, hide_types=["param"])
@@ -119,10 +125,12 @@ class Ensemble:
             self.sites = {}
             for name in trace.stochastic_nodes:
                 site = trace.nodes[name]
-                if not isinstance(diagonal(site["fn"]), torch.distributions.Normal):
+                law, transforms = reparametrised(site["fn"])
+                if not isinstance(law, torch.distributions.Normal):
                     continue  # a site that draws for itself
                 local = any(frame.name == DATA for frame in site["cond_indep_stack"])
-                self.sites[name] = (local, site["value"].shape[1:] if local else site["value"].shape)
+                shape = law.batch_shape if transforms else site["value"].shape
+                self.sites[name] = (local, shape[1:] if local else shape)
         return self.sites
 
     def noise(self, batch: Batch, generators: Iterable[torch.Generator] | None = None) -> dict[str, Tensor]:
@@ -169,23 +177,31 @@ class Ensemble:
 def stack_initial(system: System, seeds: Sequence[int], fresh: bool = True) -> dict[str, Tensor]:
     """Initial parameters ``(K, ...)``: drawn anew from each seed, or K copies of the present ones.
 
+    Frozen parameters (``requires_grad`` off) keep their values.
+
     Raises:
         ModelError: a parameter that `reset_parameters` does not draw, so that all members would share its value.
     """
+    present = {name: p.detach().clone() for name, p in system.named_parameters()}
     if not fresh:
-        return {name: p.detach().expand(len(seeds), *p.shape).clone() for name, p in system.named_parameters()}
-    drawn: list[dict[str, Tensor]] = []
-    for seed in seeds:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            for p in system.parameters():
-                p.fill_(torch.nan)
-            reset_parameters(system)
-            drawn.append({name: p.detach().clone() for name, p in system.named_parameters()})
-    forgotten = [name for name, p in drawn[0].items() if p.isnan().any()]
+        return {name: p.expand(len(seeds), *p.shape).clone() for name, p in present.items()}
+    drawn = [_drawn(system, seed) for seed in seeds]
+    system.load_state_dict(present, strict=False)
+    frozen = {name: present[name] for name, p in system.named_parameters() if not p.requires_grad}
+    forgotten = [name for name, p in drawn[0].items() if name not in frozen and p.isnan().any()]
     if forgotten:
         raise ModelError(
             f"parameter {forgotten[0]!r} has no initial value: give the module that holds it a method reset_parameters "
             "which draws it (torch's own layers have one)"
         )
-    return {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
+    return {name: torch.stack([{**d, **frozen}[name] for d in drawn]) for name in present}
+
+
+def _drawn(system: System, seed: int) -> dict[str, Tensor]:
+    """Parameters drawn from a seed; NaN where nothing draws them."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for p in system.parameters():
+            p.fill_(torch.nan)
+        reset_parameters(system)
+        return {name: p.detach().clone() for name, p in system.named_parameters()}

@@ -1,6 +1,7 @@
 """Directed acyclic graphs over latent nodes 0..d-1, as networkx graphs."""
 
 from collections.abc import Hashable, Iterable
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
@@ -34,7 +35,7 @@ def layered(nodes: int, depth: int) -> nx.DiGraph:
         raise ModelError(f"{depth} layers for {nodes} nodes: choose a depth between 1 and the number of nodes")
     graph = independent(nodes)
     layers = [[int(i) for i in part] for part in np.array_split(np.arange(nodes), depth)]
-    for above, below in zip(layers, layers[1:], strict=False):
+    for above, below in pairwise(layers):
         graph.add_edges_from((i, j) for i in above for j in below)
     return graph
 

@@ -9,7 +9,7 @@ from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform, TransformedDistribution
 
 from pyro_scm.errors import InterventionError, listing
 from pyro_scm.sites import Z
@@ -119,6 +119,16 @@ def diagonal(law: Any) -> Any:
     while hasattr(law, "base_dist"):
         law = law.base_dist
     return law
+
+
+def reparametrised(law: Any) -> tuple[Any, list[Transform]]:
+    """The distribution that a law is a transform of, and the transforms from it to the law's values, in order."""
+    transforms: list[Transform] = []
+    while hasattr(law, "base_dist"):
+        if isinstance(law, TransformedDistribution):
+            transforms = [*law.transforms, *transforms]
+        law = law.base_dist
+    return law, transforms
 
 
 class HoldNoise(Messenger):

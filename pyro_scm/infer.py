@@ -129,7 +129,11 @@ class _Trainer:
         self.ensemble = Ensemble(system, stack_initial(system, seeds, fresh), generators)
         critics = system.critic_names()
         parameters = self.ensemble.parameters
-        self.players = [[p for n, p in parameters.items() if (n in critics) == side] for side in (False, True)]
+        self.players = [
+            [p for n, p in parameters.items() if (n in critics) == side and p.requires_grad] for side in (False, True)
+        ]
+        if not self.players[0]:
+            raise ModelError("neither the model nor the guide has a parameter to train: all are frozen, or there are none")
         self.optimisers = [
             torch.optim.AdamW(player, settings.lr, weight_decay=settings.weight_decay, fused=True)
             for player in self.players
@@ -151,7 +155,7 @@ class _Trainer:
         with bar, _quiet_validation():
             while self.epoch < self.settings.epochs and not self._all_stopped():
                 self._one_epoch()
-                last = [r for r in self.rows[-len(self.seeds) :]]
+                last = self.rows[-len(self.seeds) :]
                 bar.set_postfix_str(f"loss {np.mean([r['loss'] for r in last]):.4g} nats/cell")
                 bar.update()
                 if folder is not None and (self.epoch % every == 0 or self.epoch == self.settings.epochs):
@@ -166,7 +170,7 @@ class _Trainer:
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
-        self._set_temperature(done)
+        self._set_temperature(self.epoch)
         order = np.random.default_rng(self.epoch).permutation(len(self.cells))
         sums: dict[str, Tensor] = {}
         steps = math.ceil(len(order) / self.settings.batch_size)
@@ -204,10 +208,11 @@ class _Trainer:
         warm = self.settings.kl_warmup * self.settings.epochs
         return min(1.0, epoch / warm) if warm > 0 else 1.0
 
-    def _set_temperature(self, done: float) -> None:
+    def _set_temperature(self, epoch: int) -> None:
         if self.settings.temperature is None:
             return
         first, last = self.settings.temperature
+        done = epoch / max(self.settings.epochs - 1, 1)
         for module in self.system.modules():
             if isinstance(module, SparseSoftmax):
                 module.temperature.fill_(first * (last / first) ** done)
@@ -234,7 +239,7 @@ class _Trainer:
         else:
             recent = self.rows[-k * _AVERAGED_EPOCHS :]
             losses = np.array([r["validation_loss"] for r in recent]).reshape(-1, k).mean(0)
-            better = (losses < self.best) & ~self._done()
+            better = (losses < self.best) & ~self._done(self.epoch - 1)
             if self._kl_weight(self.epoch) < 1:  # while the KL warms up the best is yet to come
                 better[:] = True
         for name, p in self.ensemble.parameters.items():
@@ -242,13 +247,14 @@ class _Trainer:
         self.best[better] = losses[better]
         self.stopped[better] = self.epoch
 
-    def _done(self) -> NDArray[np.bool_]:
+    def _done(self, epoch: int) -> NDArray[np.bool_]:
+        """Members whose patience was at its end after an epoch."""
         if self.settings.patience is None or self.validation is None:
             return np.zeros(len(self.seeds), dtype=bool)
-        return self.epoch - 1 - self.stopped >= self.settings.patience
+        return epoch - self.stopped >= self.settings.patience
 
     def _all_stopped(self) -> bool:
-        return bool(self.epoch and self._done().all())
+        return bool(self.epoch and self._done(self.epoch).all())
 
     # -------------------------------------------------------------- checks
     def first_step_is_valid(self) -> None:
@@ -259,7 +265,7 @@ class _Trainer:
         with torch.no_grad(), pyro.validation_enabled(True):
             try:
                 loss = self.system.objective.loss(self.system.model.forward, self.system.guide.forward, batch)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:
                 raise ModelError(f"the first evaluation of the model failed: {error}") from error
         if not math.isfinite(loss):
             self._explain(batch, None, 1.0, torch.full((1,), torch.nan))
@@ -300,11 +306,22 @@ class _Trainer:
             "epoch": self.epoch,
             "best": self.best.tolist(),
             "stopped": self.stopped.tolist(),
-            "cells": len(self.cells),
+            **self._setting(),
             "history": pd.DataFrame(self.rows).to_csv(index=False),
         }
         checkpoints.write(folder / "training", tensors, manifest)
         self.result().save(folder)
+
+    def _setting(self) -> dict[str, Any]:
+        """What else must agree for a training to go on: the cells and the loss."""
+        objective = self.system.objective
+        return {
+            "cells": len(self.cells),
+            "validation": None if self.validation is None else len(self.validation),
+            "kl_weight": objective.kl_weight,
+            "particles": objective.num_particles,
+            "penalties": {name: penalty.weight for name, penalty in objective.penalties.items()},
+        }
 
     def resume(self, folder: Path) -> None:
         """Go on from `save`, if there is anything to go on from."""
@@ -316,7 +333,7 @@ class _Trainer:
         saved = manifest["settings"]
         for name, now, before in (
             ("seeds", list(self.seeds), manifest["seeds"]),
-            ("cells", len(self.cells), manifest["cells"]),
+            *((key, now, manifest[key]) for key, now in self._setting().items()),
             *((key, settings[key], saved[key]) for key in settings),
         ):
             if now != before and name != "epochs":
@@ -324,10 +341,13 @@ class _Trainer:
                     f"{folder}: holds a training with {name} = {before}, asked for {now}: "
                     "use the same settings, or another folder"
                 )
+        saved_shapes = {n.removeprefix("parameters."): v.shape for n, v in tensors.items() if n.startswith("parameters.")}
+        shapes = {name: p.shape for name, p in self.ensemble.parameters.items()}
+        for name in {**shapes, **saved_shapes}:
+            if shapes.get(name) != saved_shapes.get(name):
+                raise CheckpointError(f"{folder}: holds a training of another model (parameter {name} differs)")
         with torch.no_grad():
             for name, p in self.ensemble.parameters.items():
-                if f"parameters.{name}" not in tensors or tensors[f"parameters.{name}"].shape != p.shape:
-                    raise CheckpointError(f"{folder}: holds a training of another model (parameter {name} differs)")
                 p.copy_(tensors[f"parameters.{name}"])
                 self.kept[name].copy_(tensors[f"kept.{name}"])
         for k, generator in enumerate(self.ensemble.generators):
@@ -341,6 +361,7 @@ class _Trainer:
                     state["state"][i] = found
             optimiser.load_state_dict(state)
         self.epoch = int(manifest["epoch"])
+        self._set_temperature(max(self.epoch - 1, 0))  # a finished training runs no epoch that would set it
         self.best, self.stopped = np.array(manifest["best"]), np.array(manifest["stopped"])
         text = manifest["history"].strip()
         frame = pd.read_csv(io.StringIO(text), float_precision="round_trip") if text else pd.DataFrame()
@@ -386,16 +407,22 @@ class _Feeder:
 
 
 def _take(cells: Batch, rows: Tensor) -> Batch:
-    """Some cells of a resident batch; all environments stay at hand."""
+    """Some cells of a resident batch, and of its environments no more than are needed."""
 
     def pick(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.index_select(0, rows)
 
+    row, r, perturbed = cells.row.index_select(0, rows), cells.r, cells.perturbed
+    if len(r) > len(rows):  # evaluating a whole large table would cost more than finding the distinct rows
+        distinct, row = torch.unique(row, return_inverse=True)
+        r, perturbed = r.index_select(0, distinct), perturbed.index_select(0, distinct)
     return replace(
         cells,
         index=rows,
         env=cells.env.index_select(0, rows),
-        row=cells.row.index_select(0, rows),
+        row=row,
+        r=r,
+        perturbed=perturbed,
         x=pick(cells.x),
         y=pick(cells.y),
         size=pick(cells.size),
@@ -405,7 +432,7 @@ def _take(cells: Batch, rows: Tensor) -> Batch:
 
 def _clip(parameters: Sequence[Tensor], largest: float | None) -> Tensor:
     """Norm ``(K,)`` of each member's gradient, which is scaled down where the norm exceeds `largest`."""
-    squares = [p.grad.flatten(1).square().sum(1) for p in parameters if p.grad is not None]
+    squares = [p.grad.reshape(len(p), -1).square().sum(1) for p in parameters if p.grad is not None]
     norm = torch.stack(squares).sum(0).sqrt()
     if largest is not None:
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
@@ -431,13 +458,23 @@ def _check(
         raise DataError("there are no training cells: the data set is empty")
     if not len(seeds) or len(set(seeds)) != len(seeds):
         raise ModelError(f"seeds {list(seeds)}: give at least one, each once")
-    if validation is not None and validation.schema.genes != cells.schema.genes:
-        raise DataError("the validation cells have other genes than the training cells: split both from one data set")
+    for what in ("genes", "features"):
+        if validation is not None and getattr(validation, what) != getattr(cells, what):
+            raise DataError(
+                f"the validation cells have other {what} than the training cells: split both from one data set"
+            )
     if settings.schedule not in _SCHEDULES:
         raise ModelError(f"unknown schedule {settings.schedule!r}: use one of {', '.join(_SCHEDULES)}")
-    for name in ("epochs", "batch_size", "lr"):
+    for name in ("epochs", "batch_size", "lr", "critic_steps"):
         if not getattr(settings, name) > 0:
             raise ModelError(f"{name} = {getattr(settings, name)}: give a positive number")
+    if not 0 <= settings.kl_warmup <= 1:
+        raise ModelError(f"kl_warmup = {settings.kl_warmup}: give a share of the epochs, between 0 and 1")
+    if settings.weight_decay < 0:
+        raise ModelError(f"weight_decay = {settings.weight_decay}: give 0 or a positive number")
+    for name in ("clip", "patience"):
+        if getattr(settings, name) is not None and not getattr(settings, name) > 0:
+            raise ModelError(f"{name} = {getattr(settings, name)}: give a positive number, or None for none")
     if settings.patience is not None and validation is None:
         raise ModelError("patience needs validation cells: pass validation=, or leave patience out")
 

@@ -88,7 +88,7 @@ class _Located(Likelihood):
 
     @property
     def scale(self) -> Tensor:
-        """``(G,)``, never below `floor` standard deviations of the gene: an unbounded scale is what lets losses explode."""
+        """``(G,)``, never below `floor` standard deviations of the gene: unbounded scales let losses explode."""
         return self.spread * (self.floor + F.softplus(self.raw_scale))
 
 

@@ -1294,7 +1294,8 @@ def _refined_angle(true: FloatArray, found: FloatArray, reflected: bool, steps: 
     """The best of `steps` angles in [0, pi), refined between its neighbours."""
 
     def distance(angles: FloatArray) -> FloatArray:
-        mean = row_cosine_distances(true, found, angles, reflected=reflected, scaled=True).mean(axis=1)
+        rows = row_cosine_distances(true, found, angles, reflected=reflected, scaled=True)
+        mean = np.nan_to_num(rows, nan=1.0).mean(axis=1)  # a row that lies in a vanished column has no direction
         folded: FloatArray = np.minimum(mean, 2.0 - mean)  # 2 - mean is the distance at theta + pi
         return folded
 

@@ -36,7 +36,7 @@ class SparseSoftmax(nn.Module):
     """v -> v * softmax(|v| / T): the lower T, the more of the effect lies on one latent (seed section 4.5).
 
     Args:
-        temperature: T. It belongs to whoever trains the model (`fit(..., temperature=schedule)`): nothing here changes it.
+        temperature: T. It belongs to whoever trains the model (`fit(..., temperature=...)`): nothing here changes it.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -104,7 +104,7 @@ class FlatPrior(StandardPrior):
 
 
 class EnvironmentPrior(nn.Module):
-    """z | e ~ N(s(mu(r_e)), exp(s(log sigma(r_e)))^2) with a sparsifier s; N(0, I) in a reference environment (seed 4.5).
+    """z | e ~ N(s(mu(r_e)), exp(s(log sigma(r_e)))^2), s a sparsifier; N(0, I) in a reference environment (seed 4.5).
 
     Args:
         net: r ``(R, F)`` -> ``(R, 2 d)``: mu and log sigma.
@@ -135,7 +135,7 @@ class EnvironmentPrior(nn.Module):
 
 
 class TablePrior(nn.Module):
-    """z | e ~ N(mu[e], sigma[e]^2) from tables: the truth of a synthetic screen, or free parameters of known environments.
+    """z | e ~ N(mu[e], sigma[e]^2) from tables: the truth of a synthetic screen, or parameters of known environments.
 
     Args:
         loc: ``(E, d)``.

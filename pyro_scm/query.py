@@ -5,7 +5,7 @@ intervention, another environment) and prediction (the program run again with th
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,7 +23,7 @@ from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError, InterventionError
 from pyro_scm.handlers import Do, Expose, HoldNoise, NoiseIntervention, diagonal, refuse_unknown
 from pyro_scm.run import Environments, Fitted, Run, members
-from pyro_scm.sites import C, DATA, X, Z
+from pyro_scm.sites import DATA, C, X, Z
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -56,7 +56,7 @@ class Intervened:
 
 
 def do(model: Callable[..., Any], data: Actions) -> Intervened:
-    """The program under do(c_j := value): mechanisms into the named nodes are cut, everything else stays.
+    """A program whose named nodes are set, do(c_j := value): mechanisms into them are cut, everything else stays.
 
     As `pyro.poutine.do`, which works on these models too; beyond it, names are checked, values may be arrays (one a
     cell) or functions of the node's natural value, and a later intervention on the same node replaces an earlier one.
@@ -263,9 +263,7 @@ def _worlds(
         program = poutine.condition(model, data=latents)
     else:
         world = act.place(batch)
-        law = diagonal(factual.nodes[Z]["fn"])
-        others = {name: value for name, value in latents.items() if name != Z}
-        program = HoldNoise((latents[Z] - law.loc) / law.scale)(poutine.condition(model, data=others))
+        program = _holding(model, latents, factual)
     # handlers act from the inside out: first the noise is given, then replaced, then the equations are cut
     if act.noise:
         program = NoiseIntervention(_components(model, act.noise))(program)
@@ -279,6 +277,40 @@ def _worlds(
         "factual_x": _numpy(_expression(factual, sample), draws),
         "x": _numpy(_expression(asked, sample), draws),
     }
+
+
+def _holding(model: Any, latents: Mapping[str, Tensor], factual: Any) -> Any:
+    """The program with the standardised noise of the factual world, to be run in another environment."""
+    law = diagonal(factual.nodes[Z]["fn"])
+    others = {name: value for name, value in latents.items() if name != Z}
+    return HoldNoise((latents[Z] - law.loc) / law.scale)(poutine.condition(model, data=others))
+
+
+def transport(
+    model: Any, guide: Any, batch: Batch, places: Iterable[Callable[[Batch], Batch]], draws: int | None = None
+) -> Iterator[Any]:
+    """Traces of observed cells as they are, then as they would be in each of several environments.
+
+    Their noise is abducted once. Expression stays as observed in the traces, so that none is drawn: what is asked for
+    is the distribution of site ``x``.
+
+    Args:
+        model: generative program.
+        guide: its guide.
+        batch: observed cells.
+        places: the same cells in another environment, such as ``lambda b: run.environments.place(b, "drug")``.
+        draws: S samples of each cell's posterior; None for its mean.
+    """
+    latents = abduct(guide, batch, draws)
+    program = poutine.condition(model, data=latents)
+    with _plate(draws):
+        factual = poutine.trace(program).get_trace(batch)
+    yield factual
+    program = _holding(model, latents, factual)
+    for place in places:
+        with _plate(draws):
+            trace = poutine.trace(program).get_trace(place(batch))
+        yield trace
 
 
 def abduct(guide: Any, batch: Batch, draws: int | None = None) -> dict[str, Tensor]:
@@ -413,7 +445,8 @@ def sweep(
         InterventionError: no such node.
     """
     solved: dict[str, list[NDArray[np.float32]]] = {"c": [], "x": []}
-    for model, guide in members(fitted):
+    for member, guide in members(fitted):
+        model: Any = member
         sites = list(model.sites)
         chosen = sites if nodes is None else list(nodes)
         refuse_unknown(chosen, sites)

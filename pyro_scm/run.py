@@ -234,7 +234,7 @@ Fitted: TypeAlias = "Run | tuple[nn.Module, nn.Module] | Sequence[tuple[nn.Modul
 """What queries take: a run, a (model, guide) trained by any means, or several of those."""
 
 
-def members(fitted: Fitted) -> Iterator[tuple[nn.Module, nn.Module]]:
+def members(fitted: Fitted) -> Iterator[tuple[Any, Any]]:
     """Model and guide of each member, one after the other."""
     if isinstance(fitted, Run):
         for k in range(len(fitted)):

@@ -42,7 +42,7 @@ class LatentSCM(nn.Module):
         return len(self.nodes)
 
     def adjacency(self) -> Tensor:
-        """``(d, d)``, entry [j, i] is 1 where i is a parent of j, in the order of `nodes` (so strictly lower-triangular)."""
+        """``(d, d)``, entry [j, i] is 1 where i is a parent of j; strictly lower-triangular in the order of `nodes`."""
         matrix = nx.to_numpy_array(self.graph, nodelist=list(self.nodes), weight=None)
         return torch.as_tensor(matrix.T, dtype=torch.get_default_dtype())
 
@@ -89,7 +89,7 @@ def _sort_key(node: Any) -> tuple[int, Any]:
 
 
 def _impose(do: Tensor | None, j: int, value: Tensor, c: Tensor) -> Tensor:
-    """Adds one value to the clamp, which stays ``(d,)`` as long as the values are scalars: one matrix then serves all."""
+    """Adds a value to the clamp, which stays ``(d,)`` as long as values are scalars: one matrix then serves all."""
     d = c.shape[-1]
     do = torch.full((d,), torch.nan, dtype=c.dtype, device=c.device) if do is None else do
     value = torch.as_tensor(value, dtype=c.dtype, device=c.device)

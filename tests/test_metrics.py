@@ -1076,7 +1076,7 @@ def test_optimal_angle_recovers_a_known_rotation(theta, signs, scale, decoder):
 
 
 def test_optimal_angle_of_a_reflection_applied_first(decoder):
-    # as in the seed's figure 6 (b): M with its first column negated, turned by 0.4 pi
+    # as in figure 6 (b) of the paper: M with its first column negated, turned by 0.4 pi
     learnt = decoder @ np.diag([-1.0, 1.0]) @ rotation(0.4 * math.pi)
     found = metrics.optimal_angle(decoder, learnt)
     assert found == pytest.approx((0.4 * math.pi, 0.0, True), abs=1e-6)
@@ -1142,6 +1142,9 @@ def test_a_collapsed_latent_gives_a_number_without_a_warning(decoder):
     assert 0.05 < found.distance <= 1.0
     rank_one = metrics.optimal_angle(np.outer(np.arange(1.0, 6.0), [1.0, 0.0]), np.eye(5, 2) + 1.0)
     assert math.isfinite(rank_one.distance)
+    vanishing = metrics.optimal_angle([[1.0, 0.0], [1.0, 0.0], [0.0, 1e-14]], [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert math.isfinite(vanishing.angle)
+    assert math.isfinite(vanishing.distance)
 
 
 def test_a_column_that_vanishes_by_rotation_is_not_blown_up_by_the_scaling():

@@ -1,0 +1,1 @@
+"""Data: cells and environments in, batches out."""

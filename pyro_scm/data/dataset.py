@@ -162,7 +162,8 @@ class EnvironmentDataset:
         for column in ("perturbation", "cell_line", "smiles", "targets"):
             table[column] = table[column].astype(object).where(table[column].astype(str) != "", None)
         categories = {k: tuple(str(v) for v in vs) for k, vs in dict(stored.get("categories", {})).items()}
-        y, protein_names = _proteins(adata, "protein" if "protein" in adata.obsm else None)
+        proteins = tuple(str(name) for name in stored["proteins"])
+        y, _ = _proteins(adata, "protein" if proteins else None)
         return cls(
             x=x,
             env=_stored_codes(adata.obs, "environment", [str(name) for name in table.index]),
@@ -176,7 +177,7 @@ class EnvironmentDataset:
             covariates={name: _stored_codes(adata.obs, name, values) for name, values in categories.items()},
             categories=categories,
             y=y,
-            proteins=protein_names,
+            proteins=proteins,
             origin=np.arange(adata.n_obs),
         )
 
@@ -196,12 +197,15 @@ class EnvironmentDataset:
             table["dose"] = table["dose"].map(str)
         adata = AnnData(X=self.x.copy(), obs=obs, var=self.var.copy())
         if self.y is not None:
-            adata.obsm["protein"] = pd.DataFrame(self.y, index=obs.index, columns=list(self.proteins))
+            adata.obsm["protein"] = self.y.copy()
         adata.uns[UNS_KEY] = {
             "environments": table,
             "representation": self.representation,
             "features": np.array(self.features, dtype=object).astype(str),
             "counts": self.counts,
+            "proteins": np.array(self.proteins, dtype=object).astype(
+                str
+            ),  # their names may hold a slash, HDF5 keys not
             "categories": {k: np.array(v, dtype=object).astype(str) for k, v in self.categories.items()},
         }
         return adata
@@ -271,7 +275,7 @@ class EnvironmentDataset:
 
         The plate's size is the number of cells in this data set, so a mini-batch's loss estimates the whole set's.
         """
-        rows = np.arange(len(self)) if index is None else np.array(index, dtype=np.int64)
+        rows = np.arange(len(self)) if index is None else np.asarray(index, dtype=np.int64).copy()
         x = self.x[rows]
         dense = x.toarray() if sp.issparse(x) else np.asarray(x)
         env = self.env[rows]
@@ -457,7 +461,8 @@ def _environment_table(
             table[kind] = np.nan
     for kind, column in (("cell_line", None), ("smiles", smiles), ("targets", targets)):
         if kind not in table:
-            table[kind] = _constant(obs[~reference], labels[~reference], column, table.index) if column else None
+            values = _constant(obs[~reference], labels[~reference], column, table.index) if column else None
+            table[kind] = pd.Series(values, index=table.index, dtype=object)
     table["is_reference"] = reference[first].to_numpy()
     table = table[["perturbation", "dose", "time", "cell_line", "smiles", "targets", "is_reference"]]
     order = np.lexsort((np.arange(len(table)), ~table["is_reference"].to_numpy()))  # reference first, then as met

@@ -660,7 +660,7 @@ def _draw(
     needed = 1 + bool(shares[1]) + leave
     if len(sizes) < needed:
         raise DataError(
-            f"{len(sizes)} sets of perturbations can be held out as a whole, {needed} are needed: those that share a "
+            f"{len(sizes)} sets of perturbations to draw from, {needed} are needed: those that share a "
             "compound, a group or a row of the representation are one set; change the groups or the representation"
         )
     rng, total = np.random.default_rng(seed), sum(sizes.values())

@@ -14,6 +14,7 @@ import pandas as pd
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from torch import Tensor, nn
 
 from pyro_scm import graphs
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from pyro_scm.data.dataset import EnvironmentDataset
 
-__all__ = ["CONTROL", "Screen", "dataset", "simulate", "truth", "world"]
+__all__ = ["CONTROL", "KnownNoise", "Screen", "dataset", "known", "simulate", "truth", "world"]
 
 CONTROL = "control"
 UNS_KEY = "truth"
@@ -58,8 +59,8 @@ class Screen:
         noise: standard deviation of Gaussian observation noise.
         depth: median library size of negative binomial observations.
         dispersion: inverse dispersion theta of negative binomial observations.
-        interventions: kinds, taken in turn by the environments: ``"shift"`` (mean of z_j), ``"scale"`` (sd of z_j times 3
-            or 1/3), ``"mechanism"`` (the sign of f_j flips), ``"hard"`` (parents cut, c_j around a mean of its own).
+        interventions: kinds, taken in turn by the environments: ``"shift"`` (mean of z_j), ``"scale"`` (sd of z_j
+            times 3 or 1/3), ``"mechanism"`` (the sign of f_j flips), ``"hard"`` (parents cut, c_j around a mean of its own).
         targets: latents that an environment acts on.
         cover: targets go through all latents in turn; otherwise they are drawn at random.
         strength: standard deviation of shifts, N(0, strength^2); or their absolute value if `constant`.
@@ -380,3 +381,35 @@ def _check(screen: Screen) -> None:
             raise DataError(f"unknown {name} {listing(unknown)}: use {', '.join(known)}")
     if not screen.interventions:
         raise DataError("no kind of intervention given: name at least one of " + ", ".join(INTERVENTIONS))
+
+
+class KnownNoise(nn.Module):
+    """The guide of a model whose noise is known: z of each cell, exactly.
+
+    Args:
+        z: ``(N, d)`` true noise of the N cells of a data set.
+    """
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self.z: Tensor
+        self.register_buffer("z", z)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Site ``z``."""
+        with batch.plate():
+            value: Tensor = pyro.sample(Z, Delta(self.z[batch.index], event_dim=1))
+        return value
+
+
+def known(adata: "AnnData", cells: "EnvironmentDataset") -> tuple[LatentModel, KnownNoise]:
+    """The truth as a fitted model: (generating model, its exact guide) of cells of a synthetic screen.
+
+    Every query that takes a run takes this pair, and answers with the truth.
+
+    Args:
+        adata: made by `simulate`.
+        cells: of `dataset`, or a part of them.
+    """
+    rows = np.arange(len(cells)) if cells.origin is None else cells.origin
+    return truth(adata), KnownNoise(torch.as_tensor(np.asarray(adata.obsm["z"])[rows]))

@@ -40,13 +40,17 @@ def test_good_counts_pass(kind) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("counts", [True, False])
 def test_a_value_that_is_not_finite_is_named(kind, value: float, counts: bool) -> None:
-    with pytest.raises(DataError, match=r"X: 1 values: the first, (nan|inf) in cell 'c1', gene 'b', is not finite: remove"):
+    with pytest.raises(
+        DataError, match=r"X: 1 values: the first, (nan|inf) in cell 'c1', gene 'b', is not finite: remove"
+    ):
         check_matrix(kind(changed(value)), CELLS, GENES, counts=counts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_negative_count_is_named(kind) -> None:
-    message = r"layer 'raw': 1 values: the first, -2\.0 in cell 'c1', gene 'b', is negative: .* counts=False for z-scores"
+    message = (
+        r"layer 'raw': 1 values: the first, -2\.0 in cell 'c1', gene 'b', is negative: .* counts=False for z-scores"
+    )
     with pytest.raises(DataError, match=message):
         check_matrix(kind(changed(-2)), CELLS, GENES, counts=True, where="layer 'raw'")
 

@@ -38,7 +38,9 @@ def test_multi_hot_uses_one_dose_for_all_parts_and_one_where_it_is_unknown() -> 
 
 
 def test_multi_hot_without_doses_and_with_another_separator() -> None:
-    r, names = represent(table(perturbation=["vehicle", "B", "A", "A|B"]).drop(columns="dose"), "multi-hot", separator="|")
+    r, names = represent(
+        table(perturbation=["vehicle", "B", "A", "A|B"]).drop(columns="dose"), "multi-hot", separator="|"
+    )
     assert names == ["perturbation=A", "perturbation=B"]
     assert r.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
