@@ -1,7 +1,7 @@
 """Unseen drugs in A375 cells from their SMILES (LINCS L1000, GSE70138 / GSE92742, level 3).
 
-Trained on plate LJP005 (59 compounds) and the five compounds that plate LJP009 shares with it; the other 58 compounds
-of LJP009 are predicted from their Morgan fingerprint and dose. Expression is centred on the vehicle wells of its plate.
+Trained on plate LJP005 (59 compounds) and the compounds of plate LJP009 that are also on it, five by name and one under
+another name; the other 57 compounds of LJP009 are predicted from their Morgan fingerprint and dose. Expression is centred on the vehicle wells of its plate.
 An environment is a compound at a low (<= 0.37 uM) or high (>= 1.1 uM) dose: three wells each.
 
 Needs PYRO_SCM_DATA with l1000_a375/.
@@ -80,7 +80,11 @@ def main(config: L1000) -> Results:
     drugs = {
         p: set(cells.obs.loc[np.char.startswith(plate.astype(str), p), "drug"]) - {"DMSO"} for p in ("LJP005", "LJP009")
     }
-    unseen = sorted(drugs["LJP009"] - drugs["LJP005"])
+    # a compound that was trained on under another name is not unseen: names are not enough to tell
+    names = table["perturbation"].to_numpy()
+    prints = {str(n): r[: config.bits].tobytes() for n, r in zip(names, cells.representation, strict=True)}
+    known = {prints[n] for n in drugs["LJP005"]}
+    unseen = [n for n in sorted(drugs["LJP009"]) if prints[n] not in known]
     held_out = [str(n) for n in table.index[table["perturbation"].isin(unseen)]]
     split = splits.by_environment(cells, held_out=held_out)
     options = {
@@ -99,11 +103,11 @@ def main(config: L1000) -> Results:
     high = comparison.scores[comparison.scores["environment"].isin(table.index[table["dose"] > 1])]
     return Results(
         tables={
-            "summary_high_dose": evaluation.summarise(high),
-            "summary": comparison.summary(),
+            "summary_high_dose": evaluation.Comparison(high).brief(),
+            "summary": comparison.brief(),
             "scores": comparison.scores,
         },
-        figures={"scores": comparison.figure(), "scores_high_dose": evaluation.figure(high)},
+        figures={"scores": comparison.figure(), "scores_high_dose": evaluation.Comparison(high).figure()},
         text=(
             f"{len(split.train)} training wells, {len(split.test)} held-out wells of {len(unseen)} unseen compounds; "
             f"{len(cells.genes)} genes."

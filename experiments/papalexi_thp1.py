@@ -109,12 +109,12 @@ def main(config: Papalexi) -> Results:
     member = effects.xs(config.seeds[run.best], level="seed")
     return Results(
         tables={
-            "summary": evaluation.summarise(scores),
+            "summary": evaluation.Comparison(scores).brief(),
             "pathway": pathway(effects),
             "scores": scores,
             "latent_effects": member,
         },
-        figures={"scores": evaluation.figure(scores), "latent_effects": heat_map(member)},
+        figures={"scores": evaluation.Comparison(scores).figure(), "latent_effects": heat_map(member)},
         text=f"{len(cells)} cells, {len(names)} knock-outs each held out once in {config.folds} folds.",
     )
 

@@ -76,8 +76,9 @@ def amortise(
     if family not in FAMILIES:
         raise ModelError(f"unknown guide family {family!r}: use one of {', '.join(FAMILIES)}")
     schema = cells if isinstance(cells, Schema) else cells.schema
-    with torch.no_grad(), pyro.validation_enabled(False):
-        trace = poutine.trace(poutine.block(model, hide_types=["param"])).get_trace(Batch.example(schema))
+    # a scope of its own: what this run registers in Pyro's store would shadow a later model of the same class
+    with pyro.get_param_store().scope(), torch.no_grad(), pyro.validation_enabled(False):
+        trace = poutine.trace(model).get_trace(Batch.example(schema))
     local: dict[str, nn.Module] = {}
     outside: dict[str, nn.Module] = {}
     for name in trace.stochastic_nodes:

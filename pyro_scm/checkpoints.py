@@ -25,22 +25,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _atomic(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: could not write {len(data)} bytes ({error.strerror}); what was there before is untouched"
         ) from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write(folder: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
@@ -58,11 +57,18 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
     digest = hashlib.sha256(data).hexdigest()
     name = f"tensors-{digest[:16]}.safetensors"
     _atomic(folder / name, data)
-    text = json.dumps({**manifest, "format": FORMAT, "tensors": name, "sha256": digest}, indent=1, allow_nan=True)
+    entries = {**manifest, "format": FORMAT, "tensors": name, "sha256": digest}
+    text = json.dumps({**entries, "manifest_sha256": _digest(entries)}, indent=1, allow_nan=True)
     _atomic(folder / MANIFEST, text.encode())
     for old in folder.glob("tensors-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
+
+
+def _digest(entries: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, whatever its layout."""
+    canonical = json.dumps(json.loads(json.dumps(entries)), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def read(folder: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -80,12 +86,15 @@ def read(folder: str | Path, device: torch.device | str = "cpu") -> tuple[dict[s
         raise CheckpointError(f"{folder}: no {MANIFEST}: give the folder of a run that was saved") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not readable ({error})") from error
-    if not isinstance(manifest, dict) or not {"tensors", "sha256", "format"} <= manifest.keys():
-        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of this package")
-    if manifest["format"] > FORMAT:
+    if not isinstance(manifest, dict) or not {"tensors", "sha256", "format", "manifest_sha256"} <= manifest.keys():
+        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of this package, or damaged")
+    digest = manifest.pop("manifest_sha256")
+    if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{folder}: written in format {manifest['format']}, this version reads up to {FORMAT}: update pyro-scm"
         )
+    if _digest(manifest) != digest:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged (its SHA-256 differs): restore the folder from a copy")
     path = folder / Path(str(manifest["tensors"])).name
     try:
         data = path.read_bytes()

@@ -34,7 +34,8 @@ def check(model: nn.Module, guide: nn.Module, batch: Batch, objective: Objective
     faults: list[str] = []
     for clause in (_sites_match, _loss_and_gradients, _simulates, _interventions, _vectorises):
         try:
-            faults += clause(model, guide, batch, objective or Objective())
+            with pyro.get_param_store().scope():
+                faults += clause(model, guide, batch, objective or Objective())
         except Exception as error:  # a broken model may fail in any way: report it with the others
             faults.append(f"{clause.__name__.strip('_').replace('_', ' ')}: {type(error).__name__}: {error}")
     if faults:
@@ -47,7 +48,7 @@ def _sites_match(model: Any, guide: Any, batch: Batch, objective: Objective) -> 
         guide_trace = poutine.trace(guide).get_trace(batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(batch)
         pyro.util.check_model_guide_match(model_trace, guide_trace)
-    return [str(w.message) for w in caught if "param store" not in str(w.message)]
+    return [str(w.message) for w in caught if "param store" not in str(w.message)]  # which frozen parts are not in
 
 
 def _loss_and_gradients(model: Any, guide: Any, batch: Batch, objective: Objective) -> list[str]:

@@ -79,9 +79,9 @@ def demo(
         split, options, seeds=seeds, epochs=epochs, lr=3e-3, schedule="cosine", progress=progress
     )
     comparison.save(out / "compare")
-    summary = comparison.summary()
+    summary = comparison.brief()
     say("\nOut of distribution: unseen environments, predicted from their descriptors\n")
-    say(summary.to_string(float_format=lambda v: f"{v:.3f}"))
+    say(summary.to_string())
     recovered = {name: evaluation.recovery(run, split.train, adata) for name, run in comparison.runs.items()}
     recovery = pd.concat(recovered, names=["model"]).groupby("model").median(numeric_only=True).loc[list(recovered)]
     recovery = recovery.drop(columns=[c for c in ("member", "seed") if c in recovery])

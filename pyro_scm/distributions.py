@@ -1,17 +1,20 @@
 """Distributions that the suite leans on at every step: exact in float32, few passes over the data."""
 
+import math
 from typing import Any
 
 import torch
 from pyro.distributions import Independent, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.utils import broadcast_all
 
 __all__ = ["NegativeBinomial", "normal"]
 
-# Below this inverse dispersion lgamma(x + theta) - lgamma(theta) keeps its digits; above it Stirling's series does.
-_STIRLING_FROM = 20.0
+# From here on Stirling's series gives what his formula leaves of log Gamma; below, their difference keeps its digits.
+_SERIES_FROM = 8.0
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+# A mean smaller than exp of this enters log p as x log(mu) alone.
+_LOG_TINY = -40.0
 
 
 def normal(loc: Tensor, scale: Tensor) -> Independent:
@@ -19,11 +22,66 @@ def normal(loc: Tensor, scale: Tensor) -> Independent:
     return Normal(loc, scale).to_event(1)
 
 
-def _stirling_tail(a: Tensor) -> Tensor:
-    """lgamma(a) - [(a - 1/2) log a - a + log(2 pi)/2], to 1e-9 for a >= 20 (Abramowitz & Stegun 6.1.40)."""
+def _series(a: Tensor) -> Tensor:
+    """Stirling's series: `_remainder` to 1e-11 for a >= 8 (Abramowitz & Stegun 6.1.41)."""
     inverse = 1 / a
     square = inverse * inverse
-    return inverse * (1 / 12 - square * (1 / 360 - square / 1260))
+    return inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
+
+
+_AT_EDGE = float(_series(torch.tensor(_SERIES_FROM, dtype=torch.float64)))
+
+
+def _remainder(a: Tensor) -> Tensor:
+    """R(a) = log Gamma(a) - [(a - 1/2) log a - a + log(2 pi) / 2], a > 0: what Stirling's formula leaves."""
+    edge = a.new_tensor(_SERIES_FROM)  # one of the two parts is constant on either side of it
+    few, many = torch.minimum(a, edge), torch.maximum(a, edge)
+    return torch.lgamma(few) - (few - 0.5) * few.log() + few + (_series(many) - (_HALF_LOG_2PI + _AT_EDGE))
+
+
+def _remainder_slope(a: Tensor) -> Tensor:
+    """Derivative of `_remainder`."""
+    edge = a.new_tensor(_SERIES_FROM)
+    few, many = torch.minimum(a, edge), torch.maximum(a, edge)
+    square = 1 / (many * many)
+    series = -square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square / 240)))
+    return torch.where(a < edge, torch.digamma(few) - few.log() + 0.5 / few, series)
+
+
+class _Kernel(torch.autograd.Function):
+    """R(x + theta) - log(1 + x / theta) / 2 - D: the terms of log p that mix x with mu and theta, and their gradients.
+
+    The deviance D = x log(x / mu) + (x + theta) log((theta + mu) / (theta + x)) is 0 at x = mu. It is written with
+    logarithms of numbers above 1, each as log1p of how far above: no digit is lost whether x and mu are close or far
+    apart, theta tiny or huge.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_mean: Tensor, log_theta: Tensor, x: Tensor) -> Tensor:
+        mu, theta = log_mean.exp(), log_theta.exp()
+        gap = mu - x
+        distance, larger = gap.abs(), torch.maximum(mu, x)
+        smaller = torch.minimum(mu, x).clamp(min=math.exp(_LOG_TINY))
+        deviance = theta * torch.log1p(distance / (theta + smaller))
+        deviance = deviance - x * torch.log1p(theta * distance / (smaller * (theta + larger)))
+        return _remainder(theta + x) - 0.5 * torch.log1p(x / theta) - gap.sign() * deviance
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        log_mean, log_theta, x = ctx.saved_tensors
+        mu, theta = log_mean.exp(), log_theta.exp()
+        gap, seen, expected = mu - x, theta + x, theta + mu
+        share = gap / expected
+        log_ratio = gap.sign() * torch.log1p(gap.abs() / torch.minimum(seen, expected))  # log(expected / seen)
+        slope = _remainder_slope(seen) + 0.5 * x / (theta * seen) + (share - log_ratio)
+        scaled = gradients[0] * theta
+        return -scaled * share, scaled * slope, None
 
 
 class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
@@ -32,8 +90,10 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
     log p(x) = lgamma(x + theta) - lgamma(theta) - lgamma(x + 1)
                + theta log(theta / (theta + mu)) + x log(mu / (theta + mu))
 
-    evaluated so that it keeps its digits in float32 for theta from 1e-8 to 1e12: for large theta the difference of
-    log-gammas and the two logarithms, each of size theta, are combined by Stirling's series before they cancel.
+    Taken as written its terms are of size x log x, and in float32 their sum loses its digits from a few thousand counts
+    on. Here Stirling's formula is taken out of each log-gamma and what remains is put together as a deviance (Loader
+    2000, "Fast and accurate computation of binomial probabilities"): the error is below 1e-5 relative or 1e-4 absolute
+    for theta from 1e-8 to 1e12, mu from 1e-8 to 1e8 and x up to 1e6.
 
     Args:
         log_mean: ``(...)`` log mu.
@@ -45,14 +105,14 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
     has_rsample = False
 
     def __init__(self, log_mean: Tensor, log_dispersion: Tensor, validate_args: bool | None = None) -> None:
-        self.log_mean, self.log_dispersion = broadcast_all(log_mean, log_dispersion)
-        super().__init__(self.log_mean.shape, validate_args=validate_args)
+        self.log_mean, self.log_dispersion = log_mean, log_dispersion
+        super().__init__(torch.broadcast_shapes(log_mean.shape, log_dispersion.shape), validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "NegativeBinomial":
         """The same distribution with a larger batch shape."""
         new: NegativeBinomial = self._get_checked_instance(NegativeBinomial, _instance)
         shape = torch.Size(batch_shape)
-        new.log_mean, new.log_dispersion = self.log_mean.expand(shape), self.log_dispersion.expand(shape)
+        new.log_mean, new.log_dispersion = self.log_mean.expand(shape), self.log_dispersion
         super(NegativeBinomial, new).__init__(shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -60,7 +120,7 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
     @property
     def mean(self) -> Tensor:
         """Mu."""
-        return self.log_mean.exp()
+        return self.log_mean.exp().expand(self.batch_shape)
 
     @property
     def variance(self) -> Tensor:
@@ -79,16 +139,9 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
         """Log probability of counts, of the batch's shape."""
         if self._validate_args:
             self._validate_sample(value)
-        log_mean, log_theta = self.log_mean, self.log_dispersion
-        theta = log_theta.exp()
-        # log(1 + mu / theta), exact at both ends
-        log_odds = torch.nn.functional.softplus(log_mean - log_theta)
-        large = theta > _STIRLING_FROM
-        few = torch.where(large, torch.ones_like(theta), theta)  # each branch sees only what it can digest, so that
-        many = torch.where(large, theta, torch.full_like(theta, _STIRLING_FROM))  # gradients stay finite in both
-        direct = torch.lgamma(value + few) - torch.lgamma(few) - value * log_theta
-        ratio = torch.log1p(value / many)
-        series = (many + value - 0.5) * ratio - value + _stirling_tail(many + value) - _stirling_tail(many)
-        gamma = torch.where(large, series, direct)  # lgamma(x + theta) - lgamma(theta) - x log theta
-        # x log(mu / (theta + mu)) + x log theta = x log mu - x log(1 + mu / theta)
-        return gamma + value * log_mean - (value + theta) * log_odds - torch.lgamma(value + 1)
+        log_mean, log_theta = self.log_mean.clamp(min=_LOG_TINY), self.log_dispersion
+        kernel: Tensor = _Kernel.apply(*torch.broadcast_tensors(log_mean, log_theta, value))
+        # log x! - x log x + x - log(2 pi) / 2 + 1; the clamp is for 0 log 0 = 0
+        factorial = _remainder(value + 1) + 0.5 * value.log1p() + value * torch.log1p(1 / value.clamp(min=1e-20))
+        tiny = value * (self.log_mean - _LOG_TINY).clamp(max=0)
+        return kernel - _remainder(log_theta.exp()) - (factorial + (_HALF_LOG_2PI - 1)) + tiny

@@ -58,23 +58,31 @@ class Expose(Messenger):
 
 
 class _Patched(TorchDistribution):  # type: ignore[misc]
-    """A diagonal distribution over z with some components replaced by laws of their own."""
+    """A diagonal Normal over z with some components replaced by laws of their own."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base: Independent, laws: Mapping[int, Distribution]) -> None:
         self.base, self.laws = base, laws
         self.has_rsample = base.has_rsample
-        self.support = base.support
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return _patch(self.base.sample(sample_shape), self.laws)
+    @property
+    def support(self) -> Any:
+        return self.base.support
 
-    rsample = sample
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Patched":
+        return _Patched(self.base.expand(batch_shape), self.laws)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return _patch(self.base.sample(torch.Size(sample_shape)), self.laws)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return _patch(self.base.rsample(torch.Size(sample_shape)), self.laws)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        terms = self.base.base_dist.log_prob(value).clone()
+        flat = getattr(self.base, "_mask", None) is False  # a prior whose density is left out; a new law's is not
+        terms = torch.zeros_like(value) if flat else diagonal(self.base).log_prob(value).clone()
         for j, law in self.laws.items():
             terms[..., j] = law.log_prob(value[..., j])
         total: Tensor = terms.sum(-1)

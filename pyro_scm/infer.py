@@ -133,7 +133,7 @@ class _Trainer:
             [p for n, p in parameters.items() if (n in critics) == side and p.requires_grad] for side in (False, True)
         ]
         if not self.players[0]:
-            raise ModelError("neither the model nor the guide has a parameter to train: all are frozen, or there are none")
+            raise ModelError("neither model nor guide has a parameter to train: all are frozen, or there are none")
         self.optimisers = [
             torch.optim.AdamW(player, settings.lr, weight_decay=settings.weight_decay, fused=True)
             for player in self.players
@@ -320,7 +320,7 @@ class _Trainer:
             "validation": None if self.validation is None else len(self.validation),
             "kl_weight": objective.kl_weight,
             "particles": objective.num_particles,
-            "penalties": {name: penalty.weight for name, penalty in objective.penalties.items()},
+            "penalties": {name: float(penalty.weight) for name, penalty in objective.penalties.items()},
         }
 
     def resume(self, folder: Path) -> None:
@@ -341,10 +341,11 @@ class _Trainer:
                     f"{folder}: holds a training with {name} = {before}, asked for {now}: "
                     "use the same settings, or another folder"
                 )
-        saved_shapes = {n.removeprefix("parameters."): v.shape for n, v in tensors.items() if n.startswith("parameters.")}
-        shapes = {name: p.shape for name, p in self.ensemble.parameters.items()}
-        for name in {**shapes, **saved_shapes}:
-            if shapes.get(name) != saved_shapes.get(name):
+        here = {f"parameters.{name}": p.shape for name, p in self.ensemble.parameters.items()}
+        there = {name: value.shape for name, value in tensors.items() if name.startswith("parameters.")}
+        for name in {**here, **there}:
+            if here.get(name) != there.get(name):
+                name = name.removeprefix("parameters.")
                 raise CheckpointError(f"{folder}: holds a training of another model (parameter {name} differs)")
         with torch.no_grad():
             for name, p in self.ensemble.parameters.items():

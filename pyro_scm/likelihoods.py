@@ -196,10 +196,8 @@ class NegativeBinomialLikelihood(Likelihood):
     def distribution(self, c: Tensor, batch: Batch) -> dist.Independent:
         """Negative binomial, event shape (G,)."""
         bound = _LOG_DISPERSION_BOUND
-        log_mean = self.log_mean(c, batch)
-        return NegativeBinomial(
-            log_mean, (bound * torch.tanh(self.raw_dispersion / bound)).expand_as(log_mean)
-        ).to_event(1)
+        log_dispersion = bound * torch.tanh(self.raw_dispersion / bound)
+        return NegativeBinomial(self.log_mean(c, batch), log_dispersion).to_event(1)
 
 
 def likelihood_for(schema: Schema, net: nn.Module, conditional: bool = False, kind: str | None = None) -> Likelihood:

@@ -51,7 +51,7 @@ class FiLM(nn.Module):
         self.last = nn.Linear(sizes[-1], outputs)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """X ``(..., inputs)`` under e ``(..., conditions)`` -> ``(..., outputs)``."""
+        """x ``(..., inputs)`` under e ``(..., conditions)`` -> ``(..., outputs)``."""
         for layer, modulation in zip(self.layers, self.modulations, strict=True):
             gamma, beta = modulation(e).chunk(2, -1)
             x = F.relu((1 + gamma) * layer(x) + beta)
@@ -89,7 +89,7 @@ class MaskedMLP(nn.Module):
             self.offset.zero_()
 
     def forward(self, c: Tensor) -> Tensor:
-        """C ``(..., p)`` -> ``(..., k)``."""
+        """c ``(..., p)`` -> ``(..., k)``."""
         k, h, p = self.first.shape
         weight = (self.first * self.mask[:, None, :]).reshape(k * h, p)
         units = F.relu(F.linear(c, weight, self.offset.reshape(-1))).unflatten(-1, (k, h))

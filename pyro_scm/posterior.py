@@ -11,7 +11,7 @@ from pyro import poutine
 
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError
-from pyro_scm.query import abduct
+from pyro_scm.query import abduct, isolated
 from pyro_scm.run import Fitted, members
 from pyro_scm.sites import C, X, Z
 
@@ -52,7 +52,7 @@ def to_arviz(fitted: Fitted, cells: EnvironmentDataset, *, draws: int = 100, see
     parts = []
     nodes: tuple[Any, ...] = ()
     for k, (model, guide) in enumerate(members(fitted)):
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+        with isolated(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + k)  # chains must not share their noise
             parts.append(_draws(model, guide, cells, draws))
         nodes = tuple(str(n) for n in model.scm.nodes)  # type: ignore[union-attr]

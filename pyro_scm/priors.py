@@ -28,7 +28,7 @@ class Dense(nn.Module):
     """v -> v: no sparsity."""
 
     def forward(self, v: Tensor) -> Tensor:
-        """V ``(..., d)``."""
+        """v ``(..., d)`` -> ``(..., d)``."""
         return v
 
 
@@ -47,7 +47,7 @@ class SparseSoftmax(nn.Module):
         self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def forward(self, v: Tensor) -> Tensor:
-        """V ``(..., d)``."""
+        """v ``(..., d)`` -> ``(..., d)``."""
         return v * torch.softmax(v.abs() / self.temperature, -1)
 
 
@@ -65,7 +65,7 @@ class TopK(nn.Module):
         self.k = k
 
     def forward(self, v: Tensor) -> Tensor:
-        """V ``(..., d)``."""
+        """v ``(..., d)`` -> ``(..., d)``."""
         kept = torch.zeros_like(v).scatter(-1, v.abs().topk(min(self.k, v.shape[-1]), -1).indices, 1.0)
         return v + (v * kept - v).detach()
 

@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from pyro_scm.batch import Batch
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError, InterventionError
-from pyro_scm.handlers import Do, Expose, HoldNoise, NoiseIntervention, diagonal, refuse_unknown
+from pyro_scm.handlers import Do, Expose, HoldNoise, NoiseIntervention, diagonal, refuse_unknown, reparametrised
 from pyro_scm.run import Environments, Fitted, Run, members
 from pyro_scm.sites import DATA, C, X, Z
 
@@ -233,7 +233,7 @@ def counterfactual(
         refuse_unknown(do or {}, model.sites)
         _check_size(len(cells) * (draws or 1), len(cells.genes), _count(fitted))
         place = _place(fitted, cells, environment)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+        with isolated(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + k)
             chunks = []
             for rows, batch in _chunks(cells, draws, model):
@@ -324,7 +324,30 @@ def abduct(guide: Any, batch: Batch, draws: int | None = None) -> dict[str, Tens
     with _plate(draws):
         trace = poutine.trace(guide).get_trace(batch)
     names = [name for name in trace.stochastic_nodes if name not in (DATA, _DRAWS)]
-    return {n: trace.nodes[n]["fn"].mean if draws is None else trace.nodes[n]["value"] for n in names}
+    return {n: _mean(trace.nodes[n]["fn"]) if draws is None else trace.nodes[n]["value"] for n in names}
+
+
+def _mean(law: Any) -> Tensor:
+    """Mean of a law; its median where it is a transformed Normal, whose mean torch does not know."""
+    try:
+        return torch.as_tensor(law.mean)
+    except NotImplementedError:
+        base, transforms = reparametrised(law)
+        value: Tensor = base.mean
+        for transform in transforms:
+            value = transform(value)
+        return value
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Without gradients, checks, or traces in Pyro's parameter store, which would shadow models of the same class."""
+    with pyro.get_param_store().scope(), torch.no_grad(), pyro.validation_enabled(False):
+        yield
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _run(program: Any, batch: Batch, draws: int | None) -> Any:
@@ -351,7 +374,7 @@ def _chunks(
     cells: EnvironmentDataset, draws: int | None, model: nn.Module
 ) -> Iterator[tuple[NDArray[np.int64], Batch]]:
     """Cells in parts that fit into memory with their draws, on the model's device."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     size = max(1, _CHUNK // (draws or 1))
     for start in range(0, len(cells), size):
         rows = np.arange(start, min(start + size, len(cells)))
@@ -450,19 +473,19 @@ def sweep(
         sites = list(model.sites)
         chosen = sites if nodes is None else list(nodes)
         refuse_unknown(chosen, sites)
-        batch = cells.batch()
-        with torch.no_grad(), pyro.validation_enabled(False):
+        batch = cells.batch().to(_device(model))
+        with isolated():
             z = abduct(guide, batch)[Z]
             shift = model.shift(batch) if model.shift is not None else 0.0
             gain = model.regime(batch) if model.regime is not None else None
-            clamp = torch.full((len(chosen), len(values), 1, len(sites)), torch.nan)
+            clamp = torch.full((len(chosen), len(values), 1, len(sites)), torch.nan, device=z.device)
             for j, name in enumerate(chosen):
                 clamp[j, :, 0, sites.index(name)] = torch.as_tensor(values, dtype=clamp.dtype)
             c = model.scm.solve((z + shift).expand(len(chosen), len(values), *z.shape), gain, clamp)
             likelihood = model.likelihoods[0]
             x = torch.stack([torch.stack([likelihood.mean(cv, batch).mean(0) for cv in cj]) for cj in c])
-        solved["c"].append(c.numpy())
-        solved["x"].append(x.numpy())
+        solved["c"].append(c.cpu().numpy())
+        solved["x"].append(x.cpu().numpy())
     return {name: np.stack(parts) for name, parts in solved.items()}
 
 
@@ -492,8 +515,8 @@ def predict(
         batch = template.under(torch.as_tensor(np.asarray(environment, np.float32)))
     results = []
     for k, (model, _) in enumerate(members(run)):
-        device = next(model.parameters()).device
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+        device = _device(model)
+        with isolated(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + k)
             trace = poutine.trace(model).get_trace(batch.to(device))
         results.append(_numpy(_expression(trace, not mean), 1))

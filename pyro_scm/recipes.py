@@ -52,9 +52,9 @@ RECIPES: dict[str, Recipe] = {
     "vae": Recipe(models.vae, ("x",), section="6.1"),
     "conditional_vae": Recipe(models.conditional_vae, section="4.6"),
     "environment_vae": Recipe(models.environment_vae, section="4.5"),
-    "translation_vae": Recipe(models.translation_vae, ("x",), section="4.8"),
+    "translation_vae": Recipe(models.translation_vae, section="4.8"),
     "structured_environment_vae": Recipe(models.structured_environment_vae, section="4.5, 4.9"),
-    "structured_translation_vae": Recipe(models.structured_translation_vae, ("x",), section="4.8, 4.9"),
+    "structured_translation_vae": Recipe(models.structured_translation_vae, section="4.8, 4.9"),
 }
 
 

@@ -1,7 +1,6 @@
 """`Run`: what training leaves behind, an ensemble of fitted models."""
 
 import copy
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,7 +148,7 @@ class Run:
             "settings": asdict(self.settings),
             "stopped": list(self.stopped),
             "losses": list(self.losses),
-            "environments": self.environments.table.reset_index(names="environment").to_json(orient="split"),
+            "environments": self.environments.table.reset_index(names="environment").astype(object).to_dict("list"),
             "versions": _versions(),
         }
         checkpoints.write(folder, tensors, manifest)
@@ -177,9 +176,7 @@ class Run:
             model, guide = build(manifest, schema)
         parameters = {n.removeprefix("parameters."): v for n, v in tensors.items() if n.startswith("parameters.")}
         _load_buffers(folder, tensors, model=model, guide=guide)
-        table = pd.read_json(io.StringIO(manifest["environments"]), orient="split", dtype=False).set_index(
-            "environment"
-        )
+        table = pd.DataFrame(manifest["environments"]).set_index("environment")
         settings = dict(manifest["settings"])
         settings["temperature"] = tuple(settings["temperature"]) if settings["temperature"] else None
         run = Run(
@@ -221,7 +218,7 @@ def _load_buffers(folder: str | Path, tensors: dict[str, Tensor], **modules: nn.
 
 
 def _history(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    return pd.read_csv(path, float_precision="round_trip") if path.is_file() else pd.DataFrame()
 
 
 def _versions() -> dict[str, str]:

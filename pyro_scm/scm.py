@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scm import graphs
+from pyro_scm.errors import ModelError, listing
 from pyro_scm.handlers import addressed
 from pyro_scm.nn import MaskedMLP
 from pyro_scm.sites import C, node_site
@@ -27,6 +28,9 @@ class LatentSCM(nn.Module):
     Args:
         graph: a networkx DAG; its nodes are the d causal variables.
         nodes: their order in c, a topological one; by default the lexicographic topological order.
+
+    Raises:
+        ModelError: a cycle, no nodes, or labels that read the same.
     """
 
     def __init__(self, graph: nx.DiGraph, nodes: tuple[Hashable, ...] | None = None) -> None:
@@ -35,6 +39,11 @@ class LatentSCM(nn.Module):
         self.graph = graph
         self.nodes: tuple[Hashable, ...] = nodes or tuple(nx.lexicographical_topological_sort(graph, key=_sort_key))
         self.sites = tuple(node_site(n) for n in self.nodes)
+        shared = [n for n in self.nodes if self.sites.count(node_site(n)) > 1]
+        if shared:
+            raise ModelError(
+                f"nodes {listing(shared)} share the site {node_site(shared[0])!r}: give each another label"
+            )
 
     @property
     def latent(self) -> int:

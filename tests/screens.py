@@ -6,14 +6,19 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import torch
+from torch import nn
 
-import pyro_scm as ps
 from pyro_scm import recipes
 from pyro_scm.batch import Batch, Schema
 from pyro_scm.data import synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
+from pyro_scm.distributions import normal
 from pyro_scm.infer import fit
+from pyro_scm.model import LatentModel
+from pyro_scm.models.building import decoder
 from pyro_scm.run import Run
 
 SIZES: dict[str, Any] = {"latent": 3, "genes": 8, "environments": 4, "cells": 25, "descriptors": 5}
@@ -67,6 +72,25 @@ def fitted(name: str = "structured_environment_vae") -> Run:
     return train(name, seeds=(0, 1))
 
 
+class LearntPrior(nn.Module):
+    """z ~ N(centre * share, spread^2) with all three of them latent: one real, one in (0, 1), one positive."""
+
+    latent = 3
+
+    def forward(self, batch: Batch) -> dist.Independent:
+        spread = pyro.sample("spread", dist.Gamma(4.0, 4.0))
+        centre = pyro.sample("centre", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        loc = centre * share.unsqueeze(-1)  # (3), or (S, 1, 3) under a plate of draws
+        loc = loc.expand(*loc.shape[:-2], len(batch), 3)
+        return normal(loc, spread.unsqueeze(-1).expand(loc.shape))
+
+
+def hierarchical() -> LatentModel:
+    """A model with latent sites outside the plate, in its prior."""
+    return LatentModel(LearntPrior(), decoder(cells().schema, 3, (), None))
+
+
 class Doubles(EnvironmentDataset):
     """The same cells in double precision, so that equalities are not blurred by rounding."""
 
@@ -87,6 +111,3 @@ def double(batch: Batch) -> Batch:
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
     return replace(batch, **moved)
-
-
-__all__ = ["KINDS", "SIZES", "Doubles", "cells", "double", "doubles", "fitted", "make", "options", "ps", "screen", "train"]

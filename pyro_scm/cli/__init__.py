@@ -10,8 +10,17 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 
-from pyro_scm.cli import compare, counterfactual, data, demo, embed, evaluate, fit, models, predict, simulate
+from pyro_scm.cli.compare import add as add_compare
+from pyro_scm.cli.counterfactual import add as add_counterfactual
+from pyro_scm.cli.data import add as add_data
+from pyro_scm.cli.demo import add as add_demo
+from pyro_scm.cli.embed import add as add_embed
+from pyro_scm.cli.evaluate import add as add_evaluate
+from pyro_scm.cli.fit import add as add_fit
+from pyro_scm.cli.models import add as add_models
 from pyro_scm.cli.parsing import Formatter, Parser, ShowVersion, add_general
+from pyro_scm.cli.predict import add as add_predict
+from pyro_scm.cli.simulate import add as add_simulate
 from pyro_scm.errors import PyroScmError
 
 __all__ = ["build_parser", "main"]
@@ -34,7 +43,18 @@ a first session (about a minute):
 `pyro-scm VERB --help` explains each verb, with examples.
 """
 
-VERBS = (models, simulate, fit, evaluate, predict, counterfactual, embed, compare, demo, data)
+VERBS = (
+    add_models,
+    add_simulate,
+    add_fit,
+    add_evaluate,
+    add_predict,
+    add_counterfactual,
+    add_embed,
+    add_compare,
+    add_demo,
+    add_data,
+)
 
 
 def build_parser() -> Parser:
@@ -42,10 +62,11 @@ def build_parser() -> Parser:
     parser = Parser(prog="pyro-scm", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=Formatter)
     parser.set_defaults(debug=False, quiet=False)
     parser.add_argument("--version", action=ShowVersion, help="print the version and stop")
-    add_general(parser)
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for module in VERBS:
-        module.add(verbs)
+    for add_verb in VERBS:
+        add_verb(verbs)
+    for each in (parser, *verbs.choices.values()):  # after the options of its own
+        add_general(each)
     return parser
 
 

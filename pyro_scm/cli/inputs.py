@@ -234,6 +234,7 @@ def read(file: Path, options: DataOptions, *, absent_controls: bool = False) -> 
                     "which obs column names the perturbation? Add --environment COLUMN: this file has "
                     f"{listing(adata.obs.columns, 20)}"
                 )
+            _refuse_without_environment(options)
             cells = EnvironmentDataset.from_anndata(adata)
         else:
             control = options.control
@@ -257,6 +258,17 @@ def read(file: Path, options: DataOptions, *, absent_controls: bool = False) -> 
         return adata, cells
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
+
+
+def _refuse_without_environment(options: DataOptions) -> None:
+    """Columns have no meaning for a file that carries its own table of environments."""
+    columns = ("control", "dose", "time", "cell_line", "covariates", "layer", "size")
+    given = [f"--{name.replace('_', '-')}" for name in columns if getattr(options, name)]
+    if given:
+        raise DataError(
+            f"{', '.join(given)} without --environment: this file carries its own table of environments, which is used "
+            "as it is; add --environment COLUMN to make it anew"
+        )
 
 
 def represented(
@@ -301,6 +313,8 @@ def represent_parts(table: "pd.DataFrame", uns: Mapping[str, Any], options: Data
             given = _csv_table(Path(name))
         elif name and kind != "morgan":
             raise DataError(f"{part!r}: only morgan, uns and table take something after the colon")
+        elif options.environment is not None:
+            _refuse_unnamed(kind, name, options)
         values, titles = represent(table, given, radius=options.radius, bits=options.bits, separator=options.separator)
         blocks.append(values)
         features += titles
@@ -308,6 +322,14 @@ def represent_parts(table: "pd.DataFrame", uns: Mapping[str, Any], options: Data
     if double:
         raise DataError(f"several features are called {listing(double)}: rename them")
     return np.concatenate(blocks, axis=1), tuple(features)
+
+
+def _refuse_unnamed(kind: str, name: str, options: DataOptions) -> None:
+    """A representation by what no column is named for."""
+    if kind == "morgan" and not name:
+        raise DataError("morgan: which obs column holds the SMILES? Write morgan:COLUMN")
+    if kind in ("dose", "time", "cell_line") and getattr(options, kind) is None:
+        raise DataError(f"{kind}: which obs column holds it? Add --{kind.replace('_', '-')} COLUMN")
 
 
 def _uns_table(uns: Mapping[str, Any], key: str) -> "pd.DataFrame":
@@ -332,7 +354,7 @@ def _csv_table(file: Path) -> "pd.DataFrame":
     if texts.shape[1] == 0:
         raise DataError(f"table:{file}: no features: the first column is the environment, the others its features")
     texts.index = texts.index.astype(str)
-    numbers = texts.apply(pd.to_numeric, errors="coerce").astype(float)
+    numbers = pd.DataFrame({name: pd.to_numeric(texts[name], errors="coerce") for name in texts}).astype(float)
     bad = numbers.isna()
     if bad.to_numpy().any():
         column = str(bad.columns[bad.any().to_numpy()][0])

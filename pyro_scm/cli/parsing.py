@@ -21,9 +21,11 @@ __all__ = [
     "matching",
     "names",
     "natural",
+    "path",
     "positive",
     "probability",
     "seeds",
+    "share",
     "whole",
     "widths",
 ]
@@ -106,7 +108,6 @@ def add_verb(
         name, help=summary, description=description, epilog=f"examples:\n{examples}", formatter_class=Formatter
     )
     parser.set_defaults(run_verb=run)
-    add_general(parser)
     return parser
 
 
@@ -137,10 +138,20 @@ def positive(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    """A number in (0, 1)."""
-    value = float(_number(text, float, 0, True, "a number between 0 and 1"))
+    """A number from 0 to 1."""
+    what = "a number from 0 to 1"
+    value = float(_number(text, float, 0, False, what))
+    if value > 1:
+        raise ArgumentTypeError(f"{text!r} is not {what}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1, neither of them."""
+    what = "a number between 0 and 1"
+    value = float(_number(text, float, 0, True, what))
     if value >= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+        raise ArgumentTypeError(f"{text!r} is not {what}")
     return value
 
 

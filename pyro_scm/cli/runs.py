@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from pyro_scm.data.dataset import EnvironmentDataset
+    from pyro_scm.recipes import Recipe
     from pyro_scm.run import Run
 
-__all__ = ["add_run_options", "cells_for", "load_run", "make", "only_best", "place"]
+__all__ = ["absolute", "add_run_options", "cells_for", "load_run", "make", "only_best", "place", "recipe"]
 
 
 def add_run_options(parser: Parser, data: bool = True) -> None:
@@ -67,6 +68,29 @@ def load_run(folder: Path, model: str | None = None) -> "tuple[Run, Memory]":
     return recipes.load(folder, built, guide), memory
 
 
+def absolute(model: str) -> str:
+    """``FILE.py:FUNCTION`` that holds from any folder; other names as they are."""
+    file, colon, function = model.partition(":")
+    return f"{path(file).resolve()}{colon}{function}" if file.endswith(".py") else model
+
+
+def recipe(name: str) -> "Recipe":
+    """A recipe by name, also from a file of the user's, which may go wrong in any way.
+
+    Raises:
+        ModelError: it did, or there is none of this name.
+    """
+    from pyro_scm import recipes
+    from pyro_scm.errors import ModelError, PyroScmError
+
+    try:
+        return recipes.recipe(name)
+    except PyroScmError:
+        raise
+    except Exception as error:
+        raise ModelError(f"--model {name}: {type(error).__name__}: {error}") from error
+
+
 def make(name: str, schema: Any, options: Mapping[str, Any]) -> Any:
     """Model and guide by name, also from a file of the user's, which may go wrong in any way.
 
@@ -76,6 +100,7 @@ def make(name: str, schema: Any, options: Mapping[str, Any]) -> Any:
     from pyro_scm import recipes
     from pyro_scm.errors import ModelError, PyroScmError
 
+    recipe(name)
     try:
         return recipes.make(name, schema, **options)
     except PyroScmError:

@@ -41,10 +41,10 @@ def add(verbs: Verbs) -> None:
         examples=EXAMPLES,
     )
     size = parser.add_argument_group("size").add_argument
-    size("--latent", metavar="D", type=whole, default=5, help="latent causal variables")
-    size("--genes", metavar="G", type=whole, default=50, help="genes")
-    size("--environments", metavar="E", type=whole, default=11, help="environments, the control among them")
-    size("--cells", metavar="N", type=whole, default=500, help="cells of each environment")
+    size("--latent", metavar="D", type=whole, default=5, help="number of latent causal variables")
+    size("--genes", metavar="G", type=whole, default=50, help="number of genes")
+    size("--environments", metavar="E", type=whole, default=11, help="number of environments, the control among them")
+    size("--cells", metavar="N", type=whole, default=500, help="number of cells in each environment")
     truth = parser.add_argument_group("truth").add_argument
     truth(
         "--graph",
@@ -66,17 +66,17 @@ def add(verbs: Verbs) -> None:
         metavar="P",
         type=probability,
         default=0.5,
-        help="probability that a gene reads a latent, between 0 and 1",
+        help="probability that a gene reads a latent, from 0 to 1",
     )
     truth(
         "--interventions",
         metavar="KINDS",
         type=names,
         default=("shift",),
-        help="what environments do, in turn: shift (of a latent's mean), scale (of its spread), mechanism (its equation "
-        "changes sign), hard (it is cut from its parents)",
+        help="what environments do, in turn: shift (of a latent's mean), scale (of its spread), mechanism (its sign "
+        "flips), hard (it is cut from its parents)",
     )
-    truth("--targets", metavar="N", type=whole, default=1, help="latents that an environment acts on")
+    truth("--targets", metavar="N", type=whole, default=1, help="number of latents that an environment acts on")
     truth(
         "--strength",
         metavar="SD",
@@ -104,8 +104,8 @@ def add(verbs: Verbs) -> None:
         metavar="N",
         type=natural,
         default=0,
-        help="numbers that describe each environment's effect, as a fingerprint describes a drug: with them a model can "
-        "predict unseen environments (uns 'descriptors'); 0 for none",
+        help="numbers that describe each environment's effect, as a fingerprint describes a drug: from them a model "
+        "predicts unseen environments (uns 'descriptors'); 0 for none",
     )
     output = parser.add_argument_group("output").add_argument
     output("--seed", metavar="N", type=natural, default=0, help="of everything random")

@@ -1,26 +1,20 @@
-"""LINCS L1000 as AnnData: GCT and GCTX files, the GEO metadata tables, doses, times and vehicle centring.
+"""LINCS L1000 data sets: the GEO metadata tables, doses, times, vehicle centring and stacked plates.
 
-Formats and levels: Subramanian et al. 2017, Cell 171:1437 (level 3: normalised log2 expression per well; level 4:
-robust z-scores per well; level 5: one z-score signature per condition), and the GCT 1.3 / GCTX description of the
-Connectivity Map. A file's rows are genes and become ``var``; its columns are samples (wells or signatures) and become
-``obs``.
+Levels: Subramanian et al. 2017, Cell 171:1437 (level 3: normalised log2 expression per well; level 4: robust z-scores
+per well; level 5: one z-score signature per condition). `pyro_scm.data.gct` reads the files.
 """
 
-import csv
-import gzip
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pyro_scm.data.gct import MISSING, Table, cleaned, identifier, read, read_table, refuse_duplicates
 from pyro_scm.errors import DataError, listing
 
 if TYPE_CHECKING:
@@ -33,26 +27,9 @@ __all__ = [
     "load_plates",
     "parse_dose",
     "parse_time",
-    "read",
-    "read_gct",
-    "read_gctx",
     "standardise",
 ]
 
-Selection: TypeAlias = (
-    "Sequence[str] | Sequence[int] | NDArray[Any] | pd.Index[Any] | pd.Series[Any] | slice "
-    "| Callable[[pd.DataFrame], Any] | None"
-)
-Table: TypeAlias = str | Path | pd.DataFrame
-
-MISSING = frozenset({"", "-666", "-666.0", "restricted", "nan", "na"})
-MISSING_NUMBER = -666.0
-BLOCK = 512  # samples read at once: 25 MB of the 12,328 genes in float32
-
-# Columns that are names even where every value looks like a number: gene 5720, the compound 89671, the cell line 697.
-_NAMES = re.compile(
-    r"(^|_)(id|name|iname|desc|symbol|title|plate|well|smiles|inchi|key|type|unit|idose|itime|prefix)$", re.IGNORECASE
-)
 _LANDMARK_COLUMNS = ("pr_is_lmark", "pr_is_lm", "is_lmark", "is_lm", "feature_space")
 _SAMPLE_IDS = ("sig_id", "inst_id", "distil_id", "id")
 _TEXT_SOURCES: Mapping[str, tuple[str, ...]] = {
@@ -91,95 +68,6 @@ _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(.*)", re.IG
 _MAD_TO_SIGMA = 1.4826  # 1 / Phi^-1(3/4): the MAD of a normal variable times this is its standard deviation
 
 
-# ---------------------------------------------------------------------------------------------------------------- read
-
-
-def read(path: str | Path, *, rows: Selection = None, columns: Selection = None) -> "AnnData":
-    """`read_gct` or `read_gctx`, by the file's first bytes.
-
-    Args:
-        path: .gct, .gct.gz or .gctx.
-        rows: see `read_gctx`.
-        columns: see `read_gctx`.
-
-    Returns:
-        samples x genes.
-
-    Raises:
-        DataError: neither GCT nor GCTX, or a gzipped GCTX, which cannot be read in parts.
-    """
-    path = Path(path)
-    with _reading(path), path.open("rb") as stream:
-        head = stream.read(8)
-    if head == b"\x89HDF\r\n\x1a\n":
-        return read_gctx(path, rows=rows, columns=columns)
-    if head[:2] == b"\x1f\x8b":
-        if path.name.endswith(".gctx.gz"):
-            raise DataError(f"{path} is a gzipped GCTX, which cannot be read in parts: unpack it first (gunzip -k)")
-        return read_gct(path, rows=rows, columns=columns)
-    if path.suffix == ".gctx":
-        return read_gctx(path, rows=rows, columns=columns)
-    if path.suffix == ".gct" or head[:2] == b"#1":
-        return read_gct(path, rows=rows, columns=columns)
-    raise DataError(f"{path} starts with {head!r}: expected GCT text ('#1.3', plain or gzipped) or GCTX (HDF5)")
-
-
-def read_gct(path: str | Path, *, rows: Selection = None, columns: Selection = None) -> "AnnData":
-    """GCT 1.2 or 1.3 text as samples x genes; numbers are parsed in the selected rows and columns only.
-
-    Args:
-        path: tab-separated text, plain or gzipped.
-        rows: see `read_gctx`.
-        columns: see `read_gctx`.
-
-    Returns:
-        X float32 [samples, genes]; obs from the column metadata, var from the row metadata (1.2: ``Description``).
-
-    Raises:
-        DataError: names the file and line: version, dimensions, truncation, duplicate names, text among the numbers.
-    """
-    path = Path(path)
-    with _reading(path), _open(path) as stream:
-        layout = _gct_layout(stream, path)
-        genes = _positions(rows, layout.var, f"{path}: rows")
-        samples = _positions(columns, layout.obs, f"{path}: columns")
-        x = _gct_values(stream, layout, samples, genes, path)
-    return _anndata(x, layout.obs.iloc[samples], layout.var.iloc[genes], path)
-
-
-def read_gctx(path: str | Path, *, rows: Selection = None, columns: Selection = None) -> "AnnData":
-    """GCTX (HDF5) as samples x genes, read in blocks of about 512 samples; only the selection is kept.
-
-    Args:
-        path: HDF5 with ``0/DATA/0/matrix`` [samples, genes], ``0/META/ROW/*`` (genes) and ``0/META/COL/*`` (samples).
-        rows: the genes: strings are row ids (``["5720", "466"]``), integers positions, booleans a mask over all rows,
-            a slice, or a function of the row metadata that gives one of these (``rows=landmarks``). None: all.
-            The order of ids and positions is kept.
-        columns: the samples, in the same way.
-
-    Returns:
-        X float32 [samples, genes]; -666 is NaN. Names are strings also where the file holds integer gene ids.
-        ``uns["l1000_level"]`` is the level that the file name gives, if it gives one.
-
-    Raises:
-        DataError: not HDF5; a dataset that is missing or has the wrong shape or type; duplicate ids; unknown selection.
-    """
-    import h5py
-
-    path = Path(path)
-    with _reading(path):
-        if path.is_file() and not h5py.is_hdf5(path):
-            raise DataError(f"{path} is not an HDF5 file: a GCTX is HDF5 (unpack a .gz first; read_gct reads text)")
-        with h5py.File(path, "r") as file:
-            matrix = _gctx_matrix(file, path)
-            obs = _gctx_table(file, "0/META/COL", matrix.shape[0], path)
-            var = _gctx_table(file, "0/META/ROW", matrix.shape[1], path)
-            genes = _positions(rows, var, f"{path}: rows")
-            samples = _positions(columns, obs, f"{path}: columns")
-            x = _gctx_values(matrix, samples, genes)
-    return _anndata(x, obs.iloc[samples], var.iloc[genes], path)
-
-
 def landmarks(var: pd.DataFrame) -> NDArray[np.bool_]:
     """Which genes are measured landmarks (978 of the 12,328), by ``pr_is_lmark``, ``pr_is_lm`` or ``feature_space``.
 
@@ -201,323 +89,6 @@ def landmarks(var: pd.DataFrame) -> NDArray[np.bool_]:
     )
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What the operating system, gzip and HDF5 raise over a bad file, as a DataError that names it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}): truncated or damaged? Fetch it again") from error
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as raw:
-        gzipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        if gzipped:
-            with gzip.open(raw, "rb") as unpacked:
-                yield unpacked  # type: ignore[misc]  # GzipFile is an IO[bytes] in all but its declaration
-        else:
-            yield raw
-
-
-def _anndata(x: NDArray[np.float32], obs: pd.DataFrame, var: pd.DataFrame, path: Path) -> "AnnData":
-    from anndata import AnnData
-
-    adata = AnnData(X=x, obs=obs.copy(), var=var.copy())
-    level = _level(path.name)
-    if level is not None:
-        adata.uns["l1000_level"] = level
-    return adata
-
-
-def _level(name: str) -> int | None:
-    """3, 4 or 5 (or 1, 2) where the file name tells, as those of GEO and of the Connectivity Map's tools do."""
-    if stated := re.search(r"level[ _-]?([1-5])", name, re.IGNORECASE):
-        return int(stated[1])
-    for pattern, level in ((r"modz|compz", 5), (r"zspc|zscore", 4), (r"q2?norm", 3)):
-        if re.search(pattern, name, re.IGNORECASE):
-            return level
-    return None
-
-
-# ----------------------------------------------------------------------------------------------------------------- GCT
-
-
-class _GctLayout(NamedTuple):
-    obs: pd.DataFrame
-    var: pd.DataFrame
-    lead: int  # fields before the first value of a row: the id and the row metadata
-    first_line: int  # number of the line of the first gene
-    offsets: list[int]  # where each gene's line starts in the (unpacked) file
-
-
-def _gct_layout(stream: IO[bytes], path: Path) -> _GctLayout:
-    """Everything but the values, with a check of every line's number of fields."""
-    version = _text(stream.readline()).strip()
-    if version not in ("#1.2", "#1.3"):
-        raise DataError(f"{path}, line 1: {version[:40]!r} is no GCT version: expected '#1.2' or '#1.3'")
-    n_rows, n_columns, n_row_meta, n_column_meta = _gct_dimensions(_text(stream.readline()), version, path)
-    lead = 1 + n_row_meta
-    header = _gct_fields(stream.readline(), lead + n_columns, 3, path)
-    samples, row_meta = header[lead:], header[1:lead]
-    _refuse_duplicates(samples, f"{path}, line 3: duplicate sample ids")
-    _refuse_duplicates(row_meta, f"{path}, line 3: duplicate names of row metadata")
-
-    column_meta: dict[str, list[str]] = {}
-    for number in range(4, 4 + n_column_meta):
-        name, *values = _gct_fields(stream.readline(), lead + n_columns, number, path)
-        if name in column_meta:
-            raise DataError(f"{path}, line {number}: the column metadata {name!r} appears twice")
-        column_meta[name] = values[lead - 1 :]
-
-    first_line = 4 + n_column_meta
-    offsets, leads = _gct_rows(stream, n_rows, lead, lead + n_columns, first_line, path)
-    genes = [fields[0] for fields in leads]
-    _refuse_duplicates(genes, f"{path}: duplicate gene ids")
-    row_values = {name: [fields[k] for fields in leads] for k, name in enumerate(row_meta, start=1)}
-    return _GctLayout(_frame(column_meta, samples), _frame(row_values, genes), lead, first_line, offsets)
-
-
-def _gct_dimensions(line: str, version: str, path: Path) -> tuple[int, int, int, int]:
-    parts = line.split()
-    wanted = 4 if version == "#1.3" else 2
-    if len(parts) != wanted or not all(p.isdecimal() for p in parts):
-        what = "rows, columns, row metadata, column metadata" if wanted == 4 else "rows, columns"
-        raise DataError(f"{path}, line 2: {line.strip()[:60]!r}: expected {wanted} whole numbers ({what})")
-    n_rows, n_columns, n_row_meta, n_column_meta = (int(p) for p in [*parts, "1", "0"][:4])
-    if not n_rows or not n_columns:
-        raise DataError(f"{path}, line 2: {n_rows} rows and {n_columns} columns: there is nothing to read")
-    return n_rows, n_columns, n_row_meta, n_column_meta
-
-
-def _gct_fields(line: bytes, expected: int, number: int, path: Path) -> list[str]:
-    if not line:
-        raise DataError(f"{path} ends before line {number}: it is truncated, or line 2 states the wrong dimensions")
-    fields = _text(line).rstrip("\r\n").split("\t")
-    if len(fields) != expected:
-        raise _wrong_width(len(fields), expected, number, path)
-    return [f.strip() for f in fields]
-
-
-def _wrong_width(given: int, expected: int, number: int, path: Path) -> DataError:
-    return DataError(
-        f"{path}, line {number}: {given} fields where line 2 states {expected}: a truncated line, or wrong dimensions"
-    )
-
-
-def _gct_rows(
-    stream: IO[bytes], n_rows: int, lead: int, width: int, first_line: int, path: Path
-) -> tuple[list[int], list[list[str]]]:
-    """Offset and leading fields of each gene's line; the values stay unparsed."""
-    offset = stream.tell()
-    offsets, leads = [], []
-    for i in range(n_rows):
-        line = stream.readline()
-        if not line.strip():
-            raise DataError(f"{path} ends at line {first_line + i - 1}: {i} of the {n_rows} rows that line 2 states")
-        if line.count(b"\t") + 1 != width:
-            raise _wrong_width(line.count(b"\t") + 1, width, first_line + i, path)
-        offsets.append(offset)
-        leads.append([_text(f).strip() for f in line.split(b"\t", lead)[:lead]])
-        offset += len(line)
-    for number, line in enumerate(stream, start=first_line + n_rows):
-        if line.strip():
-            raise DataError(f"{path}, line {number}: more rows than the {n_rows} that line 2 states")
-    return offsets, leads
-
-
-def _gct_values(
-    stream: IO[bytes], layout: _GctLayout, samples: NDArray[np.int64], genes: NDArray[np.int64], path: Path
-) -> NDArray[np.float32]:
-    x = np.empty((len(samples), len(genes)), np.float32)
-    fields = (samples + layout.lead).tolist()
-    for k in np.argsort(genes).tolist():  # in file order, so that a gzipped file is unpacked once
-        gene = int(genes[k])
-        stream.seek(layout.offsets[gene])
-        cells = _text(stream.readline()).rstrip("\r\n").split("\t")
-        try:
-            x[:, k] = [float(cells[f]) for f in fields]
-        except ValueError:
-            where = f"{path}, line {layout.first_line + gene}"
-            x[:, k] = [_number(cells[f], where, layout.obs.index[f - layout.lead]) for f in fields]
-    x[x == MISSING_NUMBER] = np.nan
-    return x
-
-
-def _number(cell: str, where: str, sample: str) -> float:
-    if cell.strip().lower() in MISSING:
-        return float("nan")
-    try:
-        return float(cell)
-    except ValueError:
-        raise DataError(f"{where}, sample {sample!r}: {cell[:40]!r} is not a number") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------- GCTX
-
-
-def _gctx_matrix(file: Any, path: Path) -> Any:
-    matrix = file.get("0/DATA/0/matrix")
-    if matrix is None or not hasattr(matrix, "dtype"):
-        raise DataError(f"{path} has no dataset 0/DATA/0/matrix: it is HDF5, but no GCTX")
-    if matrix.ndim != 2 or matrix.dtype.kind not in "fiu":
-        raise DataError(
-            f"{path}: 0/DATA/0/matrix has shape {matrix.shape} of {matrix.dtype}: expected numbers, samples x genes"
-        )
-    return matrix
-
-
-def _gctx_table(file: Any, group: str, length: int, path: Path) -> pd.DataFrame:
-    """The datasets of one META group as a table, by ``id``."""
-    if f"{group}/id" not in file:
-        raise DataError(f"{path} has no dataset {group}/id: a GCTX names its samples in COL/id and its genes in ROW/id")
-    columns: dict[str, NDArray[Any]] = {}
-    for name, dataset in file[group].items():
-        if getattr(dataset, "shape", None) != (length,):
-            raise DataError(
-                f"{path}: {group}/{name} has shape {getattr(dataset, 'shape', 'of a group')}, but 0/DATA/0/matrix has "
-                f"{length} {'samples' if group.endswith('COL') else 'genes'}: the matrix must be samples x genes"
-            )
-        columns[name] = dataset[()]
-    names = [_identifier(v) for v in columns.pop("id")]
-    _refuse_duplicates(names, f"{path}: duplicate ids in {group}/id")
-    return _frame(columns, names)
-
-
-def _gctx_values(matrix: Any, samples: NDArray[np.int64], genes: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Values [samples, genes], block by block: never more than a block of the matrix in memory besides the result.
-
-    Blocks are whole chunks where the matrix is chunked, so that no chunk is unpacked twice.
-    """
-    rows_step, columns_step = BLOCK, matrix.shape[1]
-    if matrix.chunks is not None:
-        rows_step = matrix.chunks[0] * max(1, BLOCK // matrix.chunks[0])
-        columns_step = matrix.chunks[1]
-    x = np.empty((len(samples), len(genes)), np.float32)
-    gene_blocks = _blocks(genes, columns_step)
-    for into_rows in _blocks(samples, rows_step):
-        rows = samples[into_rows]
-        for into_columns in gene_blocks:
-            columns = genes[into_columns]
-            block = matrix[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-            x[np.ix_(into_rows, into_columns)] = block[np.ix_(rows - rows.min(), columns - columns.min())]
-    x[x == MISSING_NUMBER] = np.nan
-    return x
-
-
-def _blocks(positions: NDArray[np.int64], step: int) -> list[NDArray[np.int64]]:
-    """Indices into `positions`, grouped by which block of `step` they fall in."""
-    order = np.argsort(positions, kind="stable")
-    block = positions[order] // step
-    return np.split(order, np.flatnonzero(np.diff(block)) + 1)
-
-
-# ---------------------------------------------------------------------------------------------------- names and values
-
-
-def _text(raw: bytes) -> str:
-    """UTF-8, or Latin-1 where it is not: older files write the micro sign as one byte."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
-
-
-def _identifier(value: object) -> str:
-    """An id as text; 5720, 5720.0 and b'5720' are all '5720'."""
-    if isinstance(value, bytes):
-        return _text(value).strip()
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value).strip()
-
-
-def _refuse_duplicates(names: Iterable[str], what: str) -> None:
-    index = pd.Index(list(names))
-    if not index.is_unique:
-        raise DataError(f"{what}: {listing(index[index.duplicated()].unique())}; each must appear once")
-
-
-def _frame(columns: Mapping[str, Any], names: Sequence[str]) -> pd.DataFrame:
-    index = pd.Index(list(names), dtype=object)
-    return pd.DataFrame({str(name): _cleaned(str(name), values) for name, values in columns.items()}, index=index)
-
-
-def _cleaned(name: str, values: Any) -> NDArray[Any]:
-    """A metadata column: missing values as NaN or None, ids as text, other columns as numbers where all of it is.
-
-    An all-missing column is NaN, so that every file format can store it.
-    """
-    array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
-    if array.dtype.kind == "b":
-        return array
-    if array.dtype.kind in "fiu" and not _NAMES.search(name):
-        absent = array == MISSING_NUMBER
-        return np.where(absent, np.asarray(np.nan, np.result_type(array, np.float32)), array) if absent.any() else array
-    cells = [None if pd.isna(v) else _identifier(v) for v in array]
-    cells = [None if c is None or c.lower() in MISSING else c for c in cells]
-    if all(c is None for c in cells):
-        return np.full(len(cells), np.nan)
-    if not _NAMES.search(name):
-        try:
-            return _numbers([np.nan if c is None else float(c) for c in cells])
-        except ValueError:
-            pass
-    return np.asarray(cells, dtype=object)
-
-
-def _numbers(values: list[float]) -> NDArray[Any]:
-    array = np.asarray(values, np.float64)
-    array[array == MISSING_NUMBER] = np.nan
-    whole = bool(np.isfinite(array).all()) and bool((array == np.round(array)).all()) and np.abs(array).max() < 2**53
-    return array.astype(np.int64) if whole else array
-
-
-def _positions(selection: Selection, table: pd.DataFrame, where: str) -> NDArray[np.int64]:
-    """A selection of a table's rows as positions, in the order asked for."""
-    everything = np.arange(len(table))
-    if callable(selection):
-        selection = selection(table)
-    if selection is None:
-        return everything
-    if isinstance(selection, slice):
-        chosen = everything[selection]
-    else:
-        chosen = _from_values(np.asarray(selection), table.index, where)
-    if not len(chosen):
-        raise DataError(f"{where}: the selection is empty: it must keep at least one of the {len(table)}")
-    _refuse_duplicates(table.index[chosen], f"{where}: selected twice")
-    return chosen
-
-
-def _from_values(values: NDArray[Any], index: "pd.Index[Any]", where: str) -> NDArray[np.int64]:
-    if values.ndim != 1:
-        raise DataError(f"{where}: a selection is a list of ids, of positions or of booleans, not {values.tolist()!r}")
-    if values.dtype.kind == "b":
-        if len(values) != len(index):
-            raise DataError(f"{where}: a mask of {len(values)} for {len(index)}: it needs one boolean for each")
-        return np.flatnonzero(values)
-    if values.dtype.kind in "iu":
-        outside = values[(values < 0) | (values >= len(index))]
-        if len(outside):
-            raise DataError(
-                f"{where}: position {listing(outside.tolist())} is outside 0 to {len(index) - 1} "
-                "(integers are positions; give ids as strings)"
-            )
-        return values.astype(np.int64)
-    found = index.get_indexer(pd.Index([_identifier(v) for v in values], dtype=object))
-    if (found < 0).any():
-        raise DataError(f"{where}: no id {listing(str(v) for v in values[found < 0])}; the ids are {listing(index, 3)}")
-    return np.asarray(found, np.int64)
-
-
-# ------------------------------------------------------------------------------------------------------------ metadata
-
-
 def join_metadata(
     adata: "AnnData",
     *,
@@ -529,7 +100,7 @@ def join_metadata(
     """The columns of the GEO tables added to obs and var; values that are there already stay, gaps are filled.
 
     Args:
-        adata: from `read`.
+        adata: from `gct.read`.
         signatures: ``*_sig_info*`` (level 5) or ``*_inst_info*`` (level 3 and 4): a path (tab or comma separated, .gz
             allowed) or a DataFrame with ``sig_id``, ``inst_id`` or ``distil_id``, matched with the sample names.
         perturbations: ``*_pert_info*``, by ``pert_id``.
@@ -580,12 +151,12 @@ def _joined(
     table_wins: bool = False,
 ) -> pd.DataFrame:
     """`frame` with the table's columns, looked up by whichever pair of key and id column matches most of its rows."""
-    table, where = _table(source, what)
+    table, where = read_table(source, what)
     ids = [name for name in id_names if name in table]
     if not ids:
         raise DataError(f"{where}: no id column {listing(id_names)}; there are {listing(table.columns, 10)}")
-    texts = [pd.Series([_identifier(v) for v in key], index=frame.index, dtype=object) for key in keys]
-    columns = {name: table[name].map(_identifier) for name in ids}
+    texts = [pd.Series([identifier(v) for v in key], index=frame.index, dtype=object) for key in keys]
+    columns = {name: table[name].map(identifier) for name in ids}
     pairs = [(key, name) for key in texts for name in ids]
     key, name = max(pairs, key=lambda pair: int(pair[0].isin(set(columns[pair[1]])).sum()))
     unknown = frame.index[~key.isin(set(columns[name]))]
@@ -597,14 +168,14 @@ def _joined(
     table = table.drop(columns=name).set_index(pd.Index(columns[name], dtype=object))
     table = table[table.index.isin(set(key))]
     table = table[~table.reset_index().astype(str).duplicated().to_numpy()]
-    _refuse_duplicates(table.index, f"{where}: rows that differ for one {name}")
+    refuse_duplicates(table.index, f"{where}: rows that differ for one {name}")
     return _merged(frame, table.reindex(pd.Index(key)).set_axis(frame.index), table_wins)
 
 
 def _merged(frame: pd.DataFrame, table: pd.DataFrame, table_wins: bool) -> pd.DataFrame:
     merged = frame.copy()
     for name in table:
-        new = _cleaned(str(name), table[name].to_numpy())
+        new = cleaned(str(name), table[name].to_numpy())
         if name in frame:
             old = frame[name].to_numpy()
             first, second = (new, old) if table_wins else (old, new)
@@ -612,37 +183,9 @@ def _merged(frame: pd.DataFrame, table: pd.DataFrame, table_wins: bool) -> pd.Da
             if not gaps.any():
                 new = first
             else:
-                new = _cleaned(str(name), np.where(gaps, second.astype(object), first.astype(object)))
+                new = cleaned(str(name), np.where(gaps, second.astype(object), first.astype(object)))
         merged[name] = new
     return merged
-
-
-def _table(source: Table, what: str) -> tuple[pd.DataFrame, str]:
-    """A metadata table and how messages call it; values of a file are text until `_cleaned`."""
-    if isinstance(source, pd.DataFrame):
-        named = source.index.name is not None and source.index.name not in source
-        return (source.reset_index() if named else source), f"{what} table"
-    path = Path(source)
-    same: dict[str, str] = {}  # cells repeat, and the largest table has 1.3 million rows
-    rows = []
-    with _reading(path), _open(path) as stream:
-        first = _text(stream.readline())
-        text = chain([first], map(_text, stream))
-        # tab-separated names hold bare quotes (5'-deoxy...), and id lists longer than the csv module reads
-        lines = (line.rstrip("\r\n").split("\t") for line in text) if "\t" in first else csv.reader(text)
-        header = [name.strip() for name in next(lines, [])]
-        _refuse_duplicates(header, f"{path}, line 1: duplicate columns")
-        for number, row in enumerate(lines, start=2):
-            if row and row != [""]:
-                if len(row) != len(header):
-                    raise DataError(f"{path}, line {number}: {len(row)} fields where the header has {len(header)}")
-                rows.append([same.setdefault(cell, cell) for cell in row])
-    if not rows:
-        raise DataError(f"{path} has no rows: a metadata table has a header and at least one row")
-    return pd.DataFrame(rows, columns=pd.Index(header), dtype=object), str(path)
-
-
-# ------------------------------------------------------------------------------------------------------- dose and time
 
 
 def parse_dose(value: object, unit: object = None) -> float:
@@ -693,7 +236,7 @@ def standardise(adata: "AnnData", *, control_names: Sequence[str] = ("DMSO",)) -
     det_plate), ``well`` and ``control``. The source columns stay.
 
     Args:
-        adata: from `read` or `join_metadata`.
+        adata: from `gct.read` or `join_metadata`.
         control_names: perturbations that are controls besides those whose pert_type is ctl_vehicle, ctl_untrt or
             ctl_vector (for an shRNA plate, say, ``("EMPTY", "GFP")``); case does not matter.
 
@@ -735,8 +278,8 @@ def _first_known(columns: "Sequence[pd.Series[Any]]") -> NDArray[Any]:
     for column in columns:
         texts = np.asarray(column.astype(object), dtype=object)
         gaps = pd.isna(values) & ~pd.isna(texts)
-        values[gaps] = [_identifier(v) for v in texts[gaps]]
-    return _cleaned("name", values)
+        values[gaps] = [identifier(v) for v in texts[gaps]]
+    return cleaned("name", values)
 
 
 def _is_control(columns: Mapping[str, NDArray[Any]], control_names: Sequence[str]) -> NDArray[np.bool_]:
@@ -766,9 +309,6 @@ def _first_number(
         numbers = np.asarray([known[pair] for pair in pairs])
         result = np.where(np.isnan(result), numbers, result)
     return result
-
-
-# ---------------------------------------------------------------------------------------------------------- level 3
 
 
 def centre_on_vehicle(
@@ -846,9 +386,6 @@ def _check_centring(adata: "AnnData", plate: str, control: str, statistic: str, 
         raise DataError(f"obs column {control!r} has type {adata.obs[control].dtype}: expected booleans")
 
 
-# -------------------------------------------------------------------------------------------------------------- plates
-
-
 def load_plates(paths: Sequence[str | Path], obs: Table | None = None, genes: Sequence[str] | None = None) -> "AnnData":
     """Several plates, standardised and stacked on their common genes.
 
@@ -880,7 +417,7 @@ def load_plates(paths: Sequence[str | Path], obs: Table | None = None, genes: Se
     common = _common_genes(keys, plates[0].var, genes)
     x = np.concatenate([plate.X[:, key.get_indexer(common)] for plate, key in zip(plates, keys, strict=True)])
     samples = pd.Index([name for plate in plates for name in plate.obs_names], dtype=object)
-    _refuse_duplicates(samples, f"{listing(str(p) for p in paths)}: samples in more than one file")
+    refuse_duplicates(samples, f"{listing(str(p) for p in paths)}: samples in more than one file")
     var = plates[0].var.iloc[keys[0].get_indexer(common)].copy()
     var.index = _gene_names(var, common)
     table = _stacked([plate.obs for plate in plates], samples)
@@ -896,7 +433,7 @@ def _gene_keys(tables: Sequence[pd.DataFrame]) -> "list[pd.Index[Any]]":
     """One unique name per gene and file, of the best kind that every file has."""
     for name in ("pr_gene_id", "pr_gene_symbol"):
         if all(name in t and t[name].notna().all() and t[name].is_unique for t in tables):
-            return [pd.Index(t[name].map(_identifier), dtype=object) for t in tables]
+            return [pd.Index(t[name].map(identifier), dtype=object) for t in tables]
     return [t.index for t in tables]
 
 
@@ -914,7 +451,7 @@ def _common_genes(keys: "Sequence[pd.Index[Any]]", var: pd.DataFrame, genes: Seq
     if not len(genes):
         raise DataError("genes is empty: name at least one, or leave it out for all common genes")
     chosen: pd.Index[Any] = pd.Index([lookup[g] for g in genes], dtype=object)
-    _refuse_duplicates(chosen, "genes: named twice")
+    refuse_duplicates(chosen, "genes: named twice")
     return chosen
 
 
@@ -938,12 +475,12 @@ def _stacked(tables: Sequence[pd.DataFrame], samples: "pd.Index[Any]") -> pd.Dat
 def _as_standard(name: str, values: NDArray[Any]) -> NDArray[Any]:
     if name == "control":
         return values.astype(bool)
-    return values.astype(np.float64) if name in ("dose", "time") else _cleaned("name", values)
+    return values.astype(np.float64) if name in ("dose", "time") else cleaned("name", values)
 
 
 def _annotated(obs: pd.DataFrame, source: Table) -> pd.DataFrame:
     """`obs` with the user's table, by sample id or else by plate and well."""
-    table, _ = _table(source, "obs")
+    table, _ = read_table(source, "obs")
     if not {"plate", "well"} <= set(table.columns) or any(name in table for name in _SAMPLE_IDS):
         return _joined(obs, [obs.index], table, _SAMPLE_IDS, "obs", "sample", table_wins=True)
     wells = [f"{p}:{w}" for p, w in zip(*(_key_columns(obs, (c,), "obs")[0] for c in ("plate", "well")), strict=True)]

@@ -44,7 +44,7 @@ class Split:
     train: EnvironmentDataset
     validation: EnvironmentDataset | None
     test: EnvironmentDataset
-    held_out: tuple[str, ...] | tuple[tuple[str, str], ...] = ()
+    held_out: tuple[Any, ...] = ()
     promises: tuple[str, ...] = ("cell",)
     combination: str | None = None
 
@@ -227,8 +227,8 @@ def by_combination(
     side = np.array([sides.get((str(p), str(c)), 0) for p, c in pairs])
     return _checked(
         cells,
-        perturbed & (side == 1),
-        perturbed & (side == 2),
+        side == 1,
+        side == 2,
         held_out=tuple(sorted(test)),
         promises=("cell", "reference", "combination"),
         combination=covariate,
@@ -345,12 +345,12 @@ Finding: TypeAlias = Iterable[tuple[str, str]]
 
 def _cell_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, _: str | None) -> Finding:
     here, there = _origin(held_out), _origin(train)
-    name = dict(zip(there.tolist(), train.obs.index, strict=True))
-    shared: dict[str, list[str]] = {}
-    for row in np.flatnonzero(np.isin(here, there)).tolist():
-        cell = held_out.obs.index[row]
-        if name[int(here[row])] == cell:
-            shared.setdefault(_environment_names(held_out)[held_out.env[row]], []).append(str(cell))
+    rows = np.flatnonzero(np.isin(here, there)).tolist()
+    cell = dict(zip(there.tolist(), train.obs.index, strict=True)) if rows else {}
+    names, shared = _environment_names(held_out), dict[str, list[str]]()
+    for row in rows:
+        if cell[int(here[row])] == held_out.obs.index[row]:
+            shared.setdefault(names[held_out.env[row]], []).append(str(held_out.obs.index[row]))
     return [(e, f"{len(found)} cells are in both ({listing(found, 3)})") for e, found in shared.items()]
 
 
@@ -366,7 +366,7 @@ def _reference_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, _:
 def _environment_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, _: str | None) -> Finding:
     cells = np.bincount(train.env, minlength=len(train.environments)).tolist()
     counts = dict(zip(_environment_names(train), cells, strict=True))
-    names = [_environment_names(held_out)[e] for e in held_out.present]
+    names = np.array(_environment_names(held_out), dtype=object)[held_out.present]
     return [(name, f"has {counts[name]} cells in training") for name in names if counts.get(name)]
 
 
@@ -378,18 +378,15 @@ def _key_leaks(
     label: Callable[[EnvironmentDataset], list[str]],
 ) -> Finding:
     """Held-out environments, not references, with the key of an environment in training that has another label."""
-    seen: dict[Hashable, list[int]] = {}
-    there, key = label(train), keys(train)
+    seen: dict[Hashable, list[tuple[str, str]]] = {}
+    labels, key, names = label(train), keys(train), _environment_names(train)
     for t in train.present.tolist():
-        seen.setdefault(key[t], []).append(t)
-    here, key = label(held_out), keys(held_out)
+        seen.setdefault(key[t], []).append((labels[t], names[t]))
+    labels, key, names = label(held_out), keys(held_out), _environment_names(held_out)
     for e in held_out.present[~held_out.reference[held_out.present]].tolist():
-        others = [t for t in seen.get(key[e], []) if there[t] != here[e]] if key[e] is not None else []
+        others = [name for other, name in seen.get(key[e], []) if other != labels[e]] if key[e] is not None else []
         if others:
-            yield (
-                _environment_names(held_out)[e],
-                f"{same} {listing((_environment_names(train)[t] for t in others), 3)}",
-            )
+            yield names[e], f"{same} {listing(others, 3)}"
 
 
 def _environment_names(cells: EnvironmentDataset) -> list[str]:
@@ -447,10 +444,10 @@ def _combination_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, 
     if covariate is None:
         return
     seen = Counter(_pairs(train, covariate))
-    pairs = np.array(_pairs(held_out, covariate), dtype=object)
-    for e in held_out.present[~held_out.reference[held_out.present]]:
-        for p, c in sorted({(p, c) for p, c in pairs[held_out.env == e]} & set(seen)):
-            yield _environment_names(held_out)[e], f"{p!r} in {c!r} has {seen[p, c]} cells in training"
+    names = _environment_names(held_out)
+    for e, (p, c) in sorted(set(zip(held_out.env.tolist(), _pairs(held_out, covariate), strict=True))):
+        if seen[p, c] and not held_out.reference[e]:
+            yield names[e], f"{p!r} in {c!r} has {seen[p, c]} cells in training"
 
 
 _FINDERS: dict[str, Callable[[EnvironmentDataset, EnvironmentDataset, str | None], Finding]] = {
@@ -524,10 +521,9 @@ def _dosed(
     known = ("highest", "middle", "lowest")
     if isinstance(doses, str) and doses not in known:
         raise DataError(f"unknown doses {doses!r}: use one of {listing(known)}, or doses in uM")
-    table = cells.environments.assign(index=np.arange(len(cells.environments))).iloc[cells.present]
-    table = table[~table["is_reference"].astype(bool)]
-    table["dose"] = pd.to_numeric(table["dose"], errors="coerce").astype(float)
-    table = table[table["dose"].notna()]
+    amount = pd.to_numeric(cells.environments["dose"], errors="coerce").astype(float)
+    table = cells.environments.assign(dose=amount, index=np.arange(len(amount))).iloc[cells.present]
+    table = table[~table["is_reference"].astype(bool) & table["dose"].notna()]
     if table.empty:
         raise DataError(
             "the environments have no dose: name the obs column that holds it (from_anndata(..., dose=COLUMN))"
@@ -698,9 +694,7 @@ def _seats(
     wanted = share * counts
     seats = np.floor(wanted).astype(np.int64)
     spare = int(np.floor(wanted.sum() + 0.5)) - int(seats.sum())
-    first = np.lexsort((rng.random(len(counts)), seats - wanted))
-    first = first[(seats < free)[first] & (wanted > seats)[first]][:spare]
-    seats[first] += 1
+    seats[np.lexsort((rng.random(len(counts)), seats - wanted))[:spare]] += 1
     return np.asarray(np.minimum(seats, free))
 
 

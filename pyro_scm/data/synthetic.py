@@ -4,8 +4,9 @@ The truth is a `LatentModel` with fixed parameters, so it answers every query th
 """
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -60,7 +61,8 @@ class Screen:
         depth: median library size of negative binomial observations.
         dispersion: inverse dispersion theta of negative binomial observations.
         interventions: kinds, taken in turn by the environments: ``"shift"`` (mean of z_j), ``"scale"`` (sd of z_j
-            times 3 or 1/3), ``"mechanism"`` (the sign of f_j flips), ``"hard"`` (parents cut, c_j around a mean of its own).
+            times 3 or 1/3), ``"mechanism"`` (the sign of f_j flips), ``"hard"`` (parents cut, c_j around a mean of its
+            own).
         targets: latents that an environment acts on.
         cover: targets go through all latents in turn; otherwise they are drawn at random.
         strength: standard deviation of shifts, N(0, strength^2); or their absolute value if `constant`.
@@ -97,19 +99,20 @@ def simulate(screen: Screen | None = None, **settings: Any) -> "AnnData":
     """Cells of a synthetic screen, its truth beside them.
 
     Args:
-        screen: settings; or give them by name.
-        **settings: fields of `Screen`.
+        screen: settings, the default ones if left out.
+        **settings: fields of `Screen` that differ from those.
 
     Returns:
-        AnnData with obs ``perturbation`` and ``targets``, obsm ``z`` and ``c``, uns ``truth`` (all of the generating
-        model: graph, weights, targets, shifts), uns ``descriptors`` where asked for.
+        AnnData with obs ``perturbation`` and ``targets`` (labels of nodes), obsm ``z`` and ``c``, uns ``truth`` (all of
+        the generating model: graph, weights, targets, shifts; latents in the order of ``nodes``, as in z and c), uns
+        ``descriptors`` where asked for.
 
     Raises:
         DataError: a setting that makes no screen.
     """
     from anndata import AnnData
 
-    screen = screen or Screen(**settings)
+    screen = replace(screen or Screen(), **settings)
     _check(screen)
     rng = np.random.default_rng(screen.seed)
     tables = _interventions(screen, rng)
@@ -121,7 +124,7 @@ def simulate(screen: Screen | None = None, **settings: Any) -> "AnnData":
         trace = poutine.trace(model).get_trace(world(screen.environments, env, size=size))
     values = {site: trace.nodes[site]["value"].numpy() for site in (Z, C, X)}
     names = _environment_names(screen)
-    targets = ["+".join(str(j) for j in np.flatnonzero(row)) for row in tables["targets"]]
+    targets = ["+".join(str(model.scm.nodes[j]) for j in np.flatnonzero(row)) for row in tables["targets"]]
     obs = pd.DataFrame(
         {
             "perturbation": pd.Categorical(np.array(names)[env], categories=pd.Index(names)),
@@ -135,7 +138,8 @@ def simulate(screen: Screen | None = None, **settings: Any) -> "AnnData":
     adata.obsm["z"], adata.obsm["c"] = values[Z], values[C]
     adata.uns[UNS_KEY] = {
         "screen": json.dumps(asdict(screen)),
-        "graph": _adjacency(model.scm),
+        "nodes": np.array(model.scm.nodes, dtype=np.int64),
+        "graph": model.scm.adjacency().numpy().astype(np.int8),
         "targets": tables["targets"],
         "shift": tables["shift"],
         "parameters": {name: value.numpy() for name, value in model.state_dict().items()},
@@ -342,13 +346,6 @@ def _model(screen: Screen, rng: np.random.Generator, tables: dict[str, Any]) -> 
     return truth
 
 
-def _adjacency(scm: LatentSCM) -> "np.ndarray[Any, Any]":
-    """``[d, d]``, entry [j, i] is 1 where latent i is a parent of latent j, by node number."""
-    matrix = nx.to_numpy_array(scm.graph, nodelist=sorted(scm.graph.nodes), weight=None)
-    result: np.ndarray[Any, Any] = matrix.T.astype(np.int8)
-    return result
-
-
 def _descriptors(screen: Screen, tables: dict[str, Any], names: Sequence[str]) -> pd.DataFrame:
     rng = np.random.default_rng([screen.seed, 1])
     effect = np.concatenate([tables["shift"], np.log(tables["scale"]), tables["gain"] - 1], 1)
@@ -368,6 +365,15 @@ def _check(screen: Screen) -> None:
         raise DataError(f"targets = {screen.targets}: choose between 1 and the number of latents ({screen.latent})")
     if not 0 <= screen.attachment <= 1:
         raise DataError(f"attachment = {screen.attachment}: give a probability")
+    if not math.exp(-8) < screen.dispersion < math.exp(8):
+        raise DataError(
+            f"dispersion = {screen.dispersion}: choose between exp(-8) and exp(8), all that a model can have"
+        )
+    for name in ("noise", "strength"):
+        if not getattr(screen, name) >= 0:
+            raise DataError(f"{name} = {getattr(screen, name)}: a standard deviation is at least 0")
+    if not screen.depth > 0:
+        raise DataError(f"depth = {screen.depth}: give a positive library size")
     choices = (
         ("graph", (screen.graph,) if isinstance(screen.graph, str) else (), GRAPHS),
         ("mechanism", (screen.mechanism,), ("linear", "network")),

@@ -12,7 +12,7 @@ from pyro_scm.priors import StandardPrior
 def conditional_vae(
     schema: Schema, *, latent: int = 20, hidden: Sequence[int] = (128,), likelihood: str | None = None
 ) -> LatentModel:
-    """Z ~ N(0, I);  c = z;  x | c, e ~ p(x | decoder(c, r_e));  guide q(z | x, r_e).
+    """z ~ N(0, I);  c = z;  x | c, e ~ p(x | decoder(c, r_e));  guide q(z | x, r_e).
 
     The decoder reads the environment, so the mechanism c -> x is not invariant: the comparison that shows what
     x independent of e given c is worth.

@@ -22,7 +22,7 @@ def environment_vae(
     scale: bool = True,
     likelihood: str | None = None,
 ) -> LatentModel:
-    """Z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c = z;  x | c ~ p(x | decoder(c));  guide q(z | x, r_e).
+    """z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c = z;  x | c ~ p(x | decoder(c));  guide q(z | x, r_e).
 
     mu_bar_e = mu_e * softmax(|mu_e| / T) and log sigma_bar_e = log sigma_e * softmax(|log sigma_e| / T), with mu_e and
     log sigma_e a network of r_e; a reference environment has N(0, I). In non-centred coordinates

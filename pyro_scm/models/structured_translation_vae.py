@@ -27,7 +27,7 @@ def structured_translation_vae(
     k: int = 1,
     likelihood: str | None = None,
 ) -> LatentModel:
-    """Z ~ N(0, I);  c_j = f_j(PA_j) + z_j + mu_bar_e,j;  x | c ~ p(x | decoder(c));  guide q(z | x).
+    """z ~ N(0, I);  c_j = f_j(PA_j) + z_j + mu_bar_e,j;  x | c ~ p(x | decoder(c));  q(z | x, r_e).
 
     The Translation VAE's shift applied to the noise of a structural causal model. What is identified is said under
     `structured_environment_vae`.

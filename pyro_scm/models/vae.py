@@ -12,7 +12,7 @@ from pyro_scm.priors import StandardPrior
 def vae(
     schema: Schema, *, latent: int = 20, hidden: Sequence[int] = (128,), likelihood: str | None = None
 ) -> LatentModel:
-    """Z ~ N(0, I);  c = z;  x | c ~ p(x | decoder(c));  guide q(z | x).
+    """z ~ N(0, I);  c = z;  x | c ~ p(x | decoder(c));  guide q(z | x).
 
     Knows nothing of environments; its latents come out rotated at random (seed section 6.1, figure 6).
 

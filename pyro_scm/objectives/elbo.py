@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_scm.batch import Batch
+from pyro_scm.errors import ModelError
 
 __all__ = ["Adversary", "Objective", "Penalty", "Terms", "World"]
 
@@ -167,7 +168,11 @@ class Objective(ELBO):  # type: ignore[misc]
         return World(batch, q.sites, p.sites)
 
     def terms(self, world: World) -> Terms:
-        """The loss of one run, in its parts."""
+        """The loss of one run, in its parts.
+
+        Raises:
+            ModelError: a latent site of the model that the guide lacks.
+        """
         reconstruction = kl = torch.zeros(())
         for name, site in world.model.items():
             if site["infer"].get("_deterministic"):
@@ -175,6 +180,8 @@ class Objective(ELBO):  # type: ignore[misc]
             if site["is_observed"]:
                 log_prob = site["fn"].log_prob(site["value"])
                 reconstruction = reconstruction - scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+            elif name not in world.guide:
+                raise ModelError(f"the guide has no site {name!r}: it must sample every latent site of the model")
             else:
                 kl = kl + _divergence(world.guide[name], site)
         penalties = {name: penalty(world) for name, penalty in self.penalties.items()}

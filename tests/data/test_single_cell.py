@@ -112,7 +112,7 @@ def test_an_environment_is_compared_with_the_reference_of_its_cell_line_and_time
     obs = pd.DataFrame(rows, columns=["drug", "line"], index=[str(i) for i in range(len(rows))])
     x = rng.normal(5, 0.1, (len(obs), 4)).astype(np.float32)
     x[:, 0] += 3.0 * (obs["line"] == "Q")  # a difference between lines, not an effect
-    x[:, 1] += 1.0 * (obs["drug"] == "A")
+    x[:, 1] += 0.15 * (obs["drug"] == "A")
     adata = anndata.AnnData(X=x, obs=obs)
     cells = EnvironmentDataset.from_anndata(adata, environment="drug", control="control", cell_line="line")
     top = differential_genes(cells, top=1)

@@ -135,7 +135,7 @@ def test_a_draw_never_parts_the_names_of_a_compound(seed: int) -> None:
 def test_held_out_names_make_the_same_test_cells_again() -> None:
     cells = compounds()
     split = by_environment(cells, seed=5)
-    assert by_environment(cells, held_out=split.held_out).test.cells == split.test.cells  # type: ignore[arg-type]
+    assert by_environment(cells, held_out=split.held_out).test.cells == split.test.cells
 
 
 def test_validation_beside_named_environments_is_drawn_from_the_others() -> None:
@@ -300,7 +300,7 @@ def test_a_dose_is_held_out_where_another_is_left(which: Any, held: set[str]) ->
 def test_doses_of_named_perturbations_only() -> None:
     assert drugs(by_dose(doses(), held_out=["B"]).test) == {"B"}
     split = by_dose(doses())
-    assert by_dose(doses(), held_out=split.held_out).test.cells == split.test.cells  # type: ignore[arg-type]
+    assert by_dose(doses(), held_out=split.held_out).test.cells == split.test.cells
 
 
 def test_doses_of_some_perturbations_for_testing_and_of_others_for_validation() -> None:
@@ -527,6 +527,11 @@ def test_an_identical_representation_is_named_even_if_it_is_a_references() -> No
     }
     detail = leaks(cells.of("vehicle"), cells.of("K02"))["detail"].item()
     assert detail == "the representation of 'vehicle'"
+
+
+def test_a_held_out_reference_is_not_also_a_representation() -> None:
+    cells = doses().with_representation(["one-hot", "dose"])  # without the time, both vehicles look alike
+    assert found(cells.of("vehicle 6 h"), cells.of("vehicle 24 h")) == {("reference", "vehicle 24 h")}
 
 
 def test_a_pair_is_named_where_its_covariate_is() -> None:

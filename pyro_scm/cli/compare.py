@@ -1,0 +1,251 @@
+"""`pyro-scm compare`: models beside baselines on unseen environments."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyro_scm.cli.fit import add_training_options, check_device, keep_genes, training
+from pyro_scm.cli.inputs import DataOptions, Memory, add_data_options, environments, read, represented
+from pyro_scm.cli.models import guide_options
+from pyro_scm.cli.outputs import claim_folder, remark
+from pyro_scm.cli.parsing import (
+    UsageError,
+    Verbs,
+    add_verb,
+    assignment,
+    matching,
+    names,
+    natural,
+    path,
+    share,
+    whole,
+    widths,
+)
+from pyro_scm.cli.runs import absolute, recipe
+from pyro_scm.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pyro_scm.data.dataset import EnvironmentDataset
+    from pyro_scm.data.splits import Split
+    from pyro_scm.evaluation import Comparison
+
+__all__ = ["add", "show"]
+
+DESCRIPTION = """\
+Fit several models on the same cells and score what they say of environments that none of them has seen, beside simple
+baselines that any model should beat.
+
+Scored is the change from control, averaged over cells: delta_pearson (correlation over genes, best 1), delta_r2 (share
+of the change explained, best 1, below 0 is worse than predicting no change), rmse (in the data's units, log-normalised
+where these are counts, best 0); *_deg over the most differential genes; rank (best 0, chance 0.5). Each is a mean over
+held-out environments; ± is the standard deviation over seeds. DIR receives scores.csv (each environment and seed),
+summary.csv, verdict.csv (each model against the best baseline), config.json, figure.png, and each model's run in a
+folder of its own, for the other verbs.
+"""
+
+EXAMPLES = """\
+  pyro-scm simulate --descriptors 16 --out sim.h5ad
+  pyro-scm compare sim.h5ad --models vae,environment_vae,baselines --environment perturbation --control control \
+--representation uns:descriptors --latent 5 --hold-out env_09,env_10 --seeds 2 --epochs 30 --out compared
+  pyro-scm compare sim.h5ad --models translation_vae,ridge --environment perturbation --control control \
+--representation uns:descriptors --hold-out-fraction 0.3 --seeds 2 --epochs 30 --out compared
+"""
+
+SHOWN = ("delta_pearson", "delta_r2", "rmse", "delta_pearson_deg", "rank", "nll")
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb to the parser."""
+    parser = add_verb(
+        verbs,
+        "compare",
+        run,
+        summary="score models beside simple baselines on unseen environments",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+    )
+    add_data_options(parser)
+    split = parser.add_argument_group("what is trained on")
+    held = split.add_mutually_exclusive_group(required=True)
+    held.add_argument(
+        "--hold-out",
+        metavar="ENV,...",
+        action="append",
+        help="environments, or perturbations with all their doses, to predict; may be given several times",
+    )
+    held.add_argument(
+        "--hold-out-fraction",
+        metavar="SHARE",
+        type=share,
+        help="share of the perturbations, between 0 and 1, drawn at random to predict",
+    )
+    split.add_argument("--split-seed", metavar="N", type=natural, default=0, help="of that draw")
+    split.add_argument(
+        "--validation-fraction",
+        metavar="SHARE",
+        type=share,
+        help="share of the perturbations, between 0 and 1, set aside to choose the best epoch by (default: none, the "
+        "last epoch is kept)",
+    )
+    split.add_argument(
+        "--genes",
+        metavar="N",
+        type=whole,
+        help="keep the N most variable genes, chosen on the training cells (default: all)",
+    )
+    model = parser.add_argument_group("models").add_argument
+    model(
+        "--models",
+        metavar="A,B,...",
+        type=names,
+        required=True,
+        help="models as `pyro-scm models` lists them or FILE.py:FUNCTION, and baselines: no_change, training_mean, "
+        "additive, ridge, nearest, or baselines for all five",
+    )
+    model("--latent", metavar="D", type=whole, help="number of latent causal variables (default: each model's own, 20)")
+    model(
+        "--hidden",
+        metavar="WIDTHS",
+        type=widths,
+        help="widths of the hidden layers of decoders and encoders; 0 for none (default: each model's own, 128)",
+    )
+    model(
+        "--option",
+        metavar="NAME=VALUE",
+        type=assignment,
+        action="append",
+        default=[],
+        help="any other option, for all models that have it; may be given several times",
+    )
+    model(
+        "--degs",
+        metavar="N",
+        type=natural,
+        default=50,
+        help="differential genes of each environment for the *_deg scores; 0 for none",
+    )
+    add_training_options(parser)
+    parser.add_argument_group("output").add_argument(
+        "--out", metavar="DIR", type=path, required=True, help="folder for tables, figure and runs"
+    )
+
+
+def run(args: Namespace) -> None:
+    """Fit, score, save and print."""
+    out = claim_folder(args.out)
+    check_device(args.device)
+    from pyro_scm.evaluation import compare
+
+    options = DataOptions.given(args)
+    models, baselines = chosen(args)
+    adata, cells = read(args.data, options)
+    cells = represented(args.data, adata, cells, options)
+    split = _split(args, cells)
+    settings = training(args)
+    remark(
+        args,
+        f"{len(models)} models with {len(settings['seeds'])} seeds each, on {len(split.train)} cells; predicted are "
+        f"{len(split.test.present)} environments: {', '.join(str(name) for name in split.held_out)}",
+    )
+    comparison = compare(
+        split,
+        models,
+        baselines=baselines,
+        degs=args.degs,
+        device=args.device,
+        progress=False if args.quiet else None,
+        **settings,
+    )
+    comparison.save(out)
+    for label, fitted in comparison.runs.items():
+        given = {name: value for name, value in models[label].items() if name != "recipe"}
+        source = str(models[label].get("recipe", label))
+        data = replace(options, counts=cells.counts)
+        held_out = tuple(str(name) for name in split.held_out)
+        fitted.save(out / label)
+        Memory(data, held_out, args.validation_fraction or 0.0, args.genes, source, given, settings).save(out / label)
+    show(comparison, args)
+    remark(args, f"tables, figure and runs saved in {out}")
+
+
+def chosen(args: Namespace) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Models with their options, and baselines.
+
+    Raises:
+        UsageError: an option that no model has.
+    """
+    from pyro_scm.baselines import BASELINES
+
+    asked = [name for name in args.models if name not in BASELINES and name != "baselines"]
+    baselines = [name for name in BASELINES if name in args.models or "baselines" in args.models]
+    given = dict(args.option)
+    if args.latent is not None:
+        given["latent"] = args.latent
+    if args.hidden is not None:
+        given |= {"hidden": args.hidden, "guide_hidden": args.hidden}
+    models: dict[str, dict[str, Any]] = {}
+    used: set[str] = set()
+    for name in asked:
+        known = recipe(name).options | guide_options()
+        own = matching({n: v for n, v in given.items() if n in known}, known, f"the model {name}")
+        used |= set(own)
+        file, _, function = name.partition(":")
+        label = function or Path(file).stem
+        models[label] = own if label == name else {**own, "recipe": absolute(name)}
+    unused = sorted(set(given) - used)
+    if unused and asked:
+        raise UsageError(f"none of the models {', '.join(asked)} has the option {', '.join(unused)}")
+    return models, baselines
+
+
+def _split(args: Namespace, cells: "EnvironmentDataset") -> "Split":
+    """Training, validation and held-out cells.
+
+    Raises:
+        DataError: cells that cannot be split so.
+    """
+    from pyro_scm.data import splits
+
+    try:
+        split = splits.by_environment(
+            cells,
+            held_out=environments(cells, args.hold_out) if args.hold_out else None,
+            fraction=args.hold_out_fraction or 0.2,
+            validation_fraction=args.validation_fraction or 0.0,
+            seed=args.split_seed,
+        )
+        train, validation, test = keep_genes(args.genes, split.train, split.validation, split.test)
+    except DataError as error:
+        raise DataError(f"{args.data}: {error}") from error
+    return replace(split, train=train, validation=validation, test=test)
+
+
+def show(comparison: "Comparison", args: Namespace) -> None:
+    """Print the scores, and how the models stand to the best baseline."""
+    print(_table(comparison.summary()).to_string())
+    for note in comparison.config.get("notes", ()):
+        remark(args, f"note: {note}")
+    verdict = comparison.verdict()
+    for row in verdict[verdict["metric"].isin(SHOWN[:2]) & (verdict["environments"] > 0)].itertuples(index=False):
+        remark(
+            args,
+            f"{row.model} against {row.baseline}, {row.metric}: {row.difference:+.3f} "
+            f"[{row.lower:+.3f}, {row.upper:+.3f}] over {row.environments} environments: {row.verdict}",
+        )
+
+
+def _table(summary: "pd.DataFrame") -> "pd.DataFrame":
+    """Scores as texts, with their spread over seeds."""
+    import pandas as pd
+
+    table = summary[["kind", "seeds"]].copy()
+    for metric in (m for m in SHOWN if m in summary):
+        spread = summary[f"{metric}_sd"]
+        table[metric] = [
+            "-" if pd.isna(value) else f"{value:.3f}" + ("" if pd.isna(sd) else f" ± {sd:.3f}")
+            for value, sd in zip(summary[metric], spread, strict=True)
+        ]
+    return table
