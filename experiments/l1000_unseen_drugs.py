@@ -1,13 +1,14 @@
 """Unseen drugs in A375 cells from their SMILES (LINCS L1000, GSE70138 / GSE92742, level 3).
 
 Trained on plate LJP005 (59 compounds) and the compounds of plate LJP009 that are also on it, five by name and one under
-another name; the other 57 compounds of LJP009 are predicted from their Morgan fingerprint and dose. Expression is centred on the vehicle wells of its plate.
-An environment is a compound at a low (<= 0.37 uM) or high (>= 1.1 uM) dose: three wells each.
+another name; the other 57 compounds of LJP009 are predicted from their Morgan fingerprint and dose. Expression is
+centred on the vehicle wells of its plate. An environment is a compound at a low (<= 0.37 uM) or high (>= 1.1 uM) dose:
+three wells each.
 
 Needs PYRO_SCM_DATA with l1000_a375/.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class L1000:
 
     @classmethod
     def preset(cls, name: str) -> "L1000":
+        """Sizes of smoke, quick and paper."""
         if name == "smoke":
             return L1000(epochs=1, seeds=(0,), hidden=16, bits=64)
         return L1000() if name == "quick" else L1000(epochs=300, seeds=tuple(range(10)))
@@ -75,11 +77,9 @@ def read(config: L1000) -> EnvironmentDataset:
 
 def main(config: L1000) -> Results:
     cells = read(config)
-    plate = cells.obs["plate"].astype(str).to_numpy()
+    plate = cells.obs["plate"].to_numpy().astype(str)
     table = cells.environments
-    drugs = {
-        p: set(cells.obs.loc[np.char.startswith(plate.astype(str), p), "drug"]) - {"DMSO"} for p in ("LJP005", "LJP009")
-    }
+    drugs = {p: set(cells.obs.loc[np.char.startswith(plate, p), "drug"]) - {"DMSO"} for p in ("LJP005", "LJP009")}
     # a compound that was trained on under another name is not unseen: names are not enough to tell
     names = table["perturbation"].to_numpy()
     prints = {str(n): r[: config.bits].tobytes() for n, r in zip(names, cells.representation, strict=True)}
@@ -87,6 +87,11 @@ def main(config: L1000) -> Results:
     unseen = [n for n in sorted(drugs["LJP009"]) if prints[n] not in known]
     held_out = [str(n) for n in table.index[table["perturbation"].isin(unseen)]]
     split = splits.by_environment(cells, held_out=held_out)
+    # the vehicle wells of the held-out plate are what its compounds are compared with, and are not trained on
+    vehicle = cells.reference[cells.env]
+    theirs = vehicle & np.char.startswith(plate, "LJP009")
+    rows = np.flatnonzero(~theirs)
+    split = replace(split, train=split.train.subset(np.isin(split.train.origin, rows)))
     options = {
         name: {"latent": config.latent, "hidden": (config.hidden,), "likelihood": config.likelihood, **given}
         for name, given in MODELS.items()
@@ -95,6 +100,7 @@ def main(config: L1000) -> Results:
         split,
         options,
         seeds=config.seeds,
+        references=cells.subset(theirs),
         epochs=config.epochs,
         batch_size=config.batch_size,
         lr=config.lr,

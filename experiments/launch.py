@@ -90,9 +90,7 @@ def launch(script: str, config: type[Any], main: Callable[[Any], Results], argv:
 
 def _parse(config: type[Any], argv: list[str] | None) -> tuple[argparse.Namespace, Any]:
     module = sys.modules[config.__module__]
-    parser = argparse.ArgumentParser(
-        description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("smoke", "quick", "paper"), default="quick", help="sizes (default: quick)")
     parser.add_argument("--out", default=str(ROOT / "results"), help="results folder (default: results/)")
     parser.add_argument("--force", action="store_true", help="run again even where results exist")

@@ -1,9 +1,9 @@
 """Unseen CRISPR knock-outs in THP-1 cells (Papalexi et al. 2021, GSE153056), from raw counts.
 
 Each of 25 knock-outs is predicted once, by models and simple baselines trained without it (k-fold over knock-outs).
-A knock-out is represented by the gene sets (MSigDB hallmark, Reactome) that its target belongs to. Then a model is fitted
-to all cells, and the latent effect of each knock-out is drawn: do IFNGR1, IFNGR2, JAK2 and STAT1 share a latent, and
-does CAV1, a negative control, have none?
+A knock-out is represented by the gene sets (MSigDB hallmark, Reactome) that its target belongs to. Then a model is
+fitted to all cells, and the latent effect of each knock-out is drawn: do IFNGR1, IFNGR2, JAK2 and STAT1 share a latent,
+and does CAV1, a negative control, have none?
 
 Needs PYRO_SCM_DATA with papalexi_thp1/ and networks/.
 """
@@ -47,6 +47,7 @@ class Papalexi:
 
     @classmethod
     def preset(cls, name: str) -> "Papalexi":
+        """Sizes of smoke, quick and paper."""
         if name == "smoke":
             return Papalexi(folds=5, epochs=1, seeds=(0,), cells=1500, hidden=16)
         return Papalexi() if name == "quick" else Papalexi(epochs=60, seeds=tuple(range(10)))

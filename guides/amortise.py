@@ -76,9 +76,10 @@ def amortise(
     if family not in FAMILIES:
         raise ModelError(f"unknown guide family {family!r}: use one of {', '.join(FAMILIES)}")
     schema = cells if isinstance(cells, Schema) else cells.schema
-    # a scope of its own: what this run registers in Pyro's store would shadow a later model of the same class
-    with pyro.get_param_store().scope(), torch.no_grad(), pyro.validation_enabled(False):
-        trace = poutine.trace(model).get_trace(Batch.example(schema))
+    # the bound method, not the module: nothing is then registered with Pyro's global parameter store
+    program = model.forward if isinstance(model, nn.Module) else model
+    with torch.no_grad(), pyro.validation_enabled(False):
+        trace = poutine.trace(program).get_trace(Batch.example(schema))
     local: dict[str, nn.Module] = {}
     outside: dict[str, nn.Module] = {}
     for name in trace.stochastic_nodes:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_scm.errors import CheckpointError
 
-__all__ = ["read", "write", "write_text"]
+__all__ = ["read", "write", "write_bytes", "write_text"]
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -21,10 +21,15 @@ FORMAT = 1
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    _atomic(path, text.encode())
+    write_bytes(path, text.encode())
 
 
-def _atomic(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, readable as the user's other files are.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -33,6 +38,7 @@ def _atomic(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -40,6 +46,13 @@ def _atomic(path: Path, data: bytes) -> None:
         raise CheckpointError(
             f"{path}: could not write {len(data)} bytes ({error.strerror}); what was there before is untouched"
         ) from error
+
+
+def _umask() -> int:
+    """The process's mask of file modes, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write(folder: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
@@ -56,10 +69,10 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
     data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"tensors-{digest[:16]}.safetensors"
-    _atomic(folder / name, data)
+    write_bytes(folder / name, data)
     entries = {**manifest, "format": FORMAT, "tensors": name, "sha256": digest}
     text = json.dumps({**entries, "manifest_sha256": _digest(entries)}, indent=1, allow_nan=True)
-    _atomic(folder / MANIFEST, text.encode())
+    write_bytes(folder / MANIFEST, text.encode())
     for old in folder.glob("tensors-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)

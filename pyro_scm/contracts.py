@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pyro_scm.batch import Batch
 from pyro_scm.errors import ModelError
-from pyro_scm.handlers import Expose
+from pyro_scm.handlers import FROZEN, Expose, unstored
 from pyro_scm.objectives import Objective
 from pyro_scm.query import do
-from pyro_scm.sites import C, X
+from pyro_scm.sites import C, X, Z
 
 __all__ = ["check"]
 
@@ -34,7 +34,7 @@ def check(model: nn.Module, guide: nn.Module, batch: Batch, objective: Objective
     faults: list[str] = []
     for clause in (_sites_match, _loss_and_gradients, _simulates, _interventions, _vectorises):
         try:
-            with pyro.get_param_store().scope():
+            with unstored():
                 faults += clause(model, guide, batch, objective or Objective())
         except Exception as error:  # a broken model may fail in any way: report it with the others
             faults.append(f"{clause.__name__.strip('_').replace('_', ' ')}: {type(error).__name__}: {error}")
@@ -45,10 +45,11 @@ def check(model: nn.Module, guide: nn.Module, batch: Batch, objective: Objective
 def _sites_match(model: Any, guide: Any, batch: Batch, objective: Objective) -> list[str]:
     with warnings.catch_warnings(record=True) as caught, pyro.validation_enabled(True):
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", FROZEN)
         guide_trace = poutine.trace(guide).get_trace(batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(batch)
         pyro.util.check_model_guide_match(model_trace, guide_trace)
-    return [str(w.message) for w in caught if "param store" not in str(w.message)]  # which frozen parts are not in
+    return [str(w.message) for w in caught]
 
 
 def _loss_and_gradients(model: Any, guide: Any, batch: Batch, objective: Objective) -> list[str]:
@@ -93,11 +94,25 @@ def _interventions(model: Any, guide: Any, batch: Batch, objective: Objective) -
             moved = (asked.nodes[C]["value"] - factual.nodes[C]["value"]).abs().amax(0)
             if not torch.allclose(asked.nodes[C]["value"][..., j], torch.tensor(value)):
                 faults.append(f"do({name} := {value:.3g}) does not set {name}")
+            elif not torch.allclose(asked.nodes[C]["value"], _solution(model, batch, latents, j, value), atol=1e-4):
+                faults.append(f"do({name}) does not solve the equations with {name} set: its descendants must follow")
             fixed = [i for i, n in enumerate(model.scm.nodes) if not _descends(model, j, n)]
             wrong = [names[i] for i in fixed if float(moved[i]) > 1e-5]
             if wrong:
                 faults.append(f"do({name}) moves {', '.join(wrong)}, which do not descend from it")
     return faults
+
+
+def _solution(model: Any, batch: Batch, latents: Any, j: int, value: float) -> Tensor:
+    """Causal variables by the equations themselves, c_j clamped, outside any handler of interventions."""
+    with poutine.replay(trace=latents):
+        shift = model.shift(batch) if model.shift is not None else 0.0
+        gain = model.regime(batch) if model.regime is not None else None
+    noise = latents.nodes[Z]["value"] + shift
+    clamp = torch.full_like(noise[0], torch.nan)
+    clamp[j] = value
+    result: Tensor = model.scm.solve(noise, gain, clamp)
+    return result
 
 
 def _descends(model: Any, j: int, node: Any) -> bool:
@@ -108,18 +123,25 @@ def _descends(model: Any, j: int, node: Any) -> bool:
 
 
 def _vectorises(model: Any, guide: Any, batch: Batch, objective: Objective) -> list[str]:
-    """A program run under an outer plate of draws gives what separate runs give: it broadcasts over leading dimensions."""
+    """A program run under an outer plate of draws gives what separate runs give: it broadcasts."""
     with torch.no_grad():
-        first = poutine.trace(guide).get_trace(batch)
-        names = [n for n in first.stochastic_nodes if first.nodes[n]["value"].shape[:1] == (len(batch),)]
-        values = {n: first.nodes[n]["value"] for n in names if type(first.nodes[n]["fn"]).__name__ != "_Subsample"}
-        alone = poutine.trace(poutine.condition(model, data=values)).get_trace(batch).nodes[X]["fn"].mean
-        stacked = {n: torch.stack((v, v + 1)) for n, v in values.items()}
+        latents = poutine.trace(guide).get_trace(batch)
+        sites = {n: latents.nodes[n] for n in latents.stochastic_nodes}
+        sites = {n: site for n, site in sites.items() if type(site["fn"]).__name__ != "_Subsample"}
+        local = {n for n, site in sites.items() if site["fn"].batch_shape}
+        draws = [{n: site["value"] + k * (n in local) for n, site in sites.items()} for k in (0, 1)]
+        apart = [_mean(poutine.condition(model, data=draw), batch) for draw in draws]
+        stacked = {n: torch.stack([draw[n] for draw in draws]) for n in sites}
+        stacked = {n: value if n in local else value.unsqueeze(1) for n, value in stacked.items()}
         with pyro.plate("draws", 2, dim=-2):
-            together = poutine.trace(poutine.condition(model, data=stacked)).get_trace(batch.unobserved())
-    mean = together.nodes[X]["fn"].mean
-    if mean.shape != (2, *alone.shape) or not torch.allclose(mean[0], alone, atol=1e-4, rtol=1e-4):
-        return [
-            "two draws evaluated at once differ from one evaluated alone: parts must broadcast over leading dimensions"
-        ]
+            together = _mean(poutine.condition(model, data=stacked), batch)
+    expected = torch.stack(apart)
+    if together.shape != expected.shape or not torch.allclose(together, expected, atol=1e-4, rtol=1e-4):
+        return ["two draws at once differ from each evaluated alone: parts must broadcast over leading dimensions"]
     return []
+
+
+def _mean(program: Any, batch: Batch) -> Tensor:
+    """E[x | c] of a run."""
+    mean: Tensor = poutine.trace(program).get_trace(batch.unobserved()).nodes[X]["fn"].mean
+    return mean

@@ -66,8 +66,8 @@ def demo(
         noise=0.5,
     )
     say(
-        f"Simulating {screen.environments} environments x {screen.cells} cells x {screen.genes} genes from a latent SCM "
-        f"of {screen.latent} variables ..."
+        f"Simulating {screen.environments} environments x {screen.cells} cells x {screen.genes} genes from a latent "
+        f"SCM of {screen.latent} variables ..."
     )
     adata = synthetic.simulate(screen)
     cells = synthetic.dataset(adata, "descriptors")
@@ -168,22 +168,22 @@ def _report(
 ) -> Path:
     report = Report("pyro_scm: a simulated perturbation screen, fitted and questioned")
     report.text(
-        f"{screen.environments} environments ({screen.cells} cells each, {screen.genes} genes) were simulated from a latent "
-        f"structural causal model of {screen.latent} variables; each environment shifts the noise of one of them. A "
+        f"{screen.environments} environments ({screen.cells} cells each, {screen.genes} genes) were simulated from a "
+        f"latent structural causal model of {screen.latent} variables; each environment shifts the noise of one. A "
         "quarter of the environments was held out whole. Models see a descriptor of each environment, as a molecule's "
         f"fingerprint would be. This page took {seconds:.0f} s to make."
     )
     report.section(
         "Prediction of unseen environments",
-        "Simple baselines first. Scores are averages over held-out environments; the spread is over seeds. All are of the "
-        "change from control: absolute expression flatters every model.",
+        "Simple baselines first. Scores are averages over held-out environments; the spread is over seeds. All are of "
+        "the change from control: absolute expression flatters every model.",
     )
     report.table(summary)
     report.figure(scores, "Each point is one seed; baselines have none.")
     report.section(
         "Recovery of the true latents",
-        "MCC: mean correlation of matched true and learnt latents. Under noise interventions the noise z can be recovered "
-        "up to permutation and scale; a graph over c cannot, because the decoder absorbs it.",
+        "MCC: mean correlation of matched true and learnt latents. Under noise interventions the noise z can be "
+        "recovered up to permutation and scale; a graph over c cannot, because the decoder absorbs it.",
     )
     report.table(recovery)
     report.section("A do-query beside the truth", asked["sentence"])

@@ -7,6 +7,7 @@ import torch
 from pyro.distributions import Independent, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn.functional import softplus
 
 __all__ = ["NegativeBinomial", "normal"]
 
@@ -15,6 +16,8 @@ _SERIES_FROM = 8.0
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # A mean smaller than exp of this enters log p as x log(mu) alone.
 _LOG_TINY = -40.0
+# Share of positive counts below which they are worth picking out.
+_FEW = 0.7
 
 
 def normal(loc: Tensor, scale: Tensor) -> Independent:
@@ -139,9 +142,34 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
         """Log probability of counts, of the batch's shape."""
         if self._validate_args:
             self._validate_sample(value)
-        log_mean, log_theta = self.log_mean.clamp(min=_LOG_TINY), self.log_dispersion
-        kernel: Tensor = _Kernel.apply(*torch.broadcast_tensors(log_mean, log_theta, value))
-        # log x! - x log x + x - log(2 pi) / 2 + 1; the clamp is for 0 log 0 = 0
-        factorial = _remainder(value + 1) + 0.5 * value.log1p() + value * torch.log1p(1 / value.clamp(min=1e-20))
-        tiny = value * (self.log_mean - _LOG_TINY).clamp(max=0)
-        return kernel - _remainder(log_theta.exp()) - (factorial + (_HALF_LOG_2PI - 1)) + tiny
+        log_mean, log_theta = self.log_mean, self.log_dispersion
+        theta = log_theta.exp()
+        constant = _remainder(theta)
+        value = value.expand(torch.broadcast_shapes(self.batch_shape, value.shape))
+        seen = _positive(value)
+        if seen is None:
+            return _log_prob(log_mean, log_theta, constant, value)
+        # most counts of a cell are 0, and log p(0) = -theta log(1 + mu / theta) is cheap
+        none = (-theta * softplus(log_mean - log_theta)).expand(value.shape)
+        given = (log_mean, log_theta, constant, value)
+        return torch.index_put(none, seen, _log_prob(*(v.expand(value.shape)[seen] for v in given)))
+
+
+def _positive(value: Tensor) -> tuple[Tensor, ...] | None:
+    """Where counts are not 0; None where that is not worth knowing, or cannot be known under `torch.func.vmap`."""
+    if value.dim() == 0:
+        return None
+    try:
+        seen = value.nonzero(as_tuple=True)
+    except RuntimeError:
+        return None
+    return seen if len(seen[0]) < _FEW * value.numel() else None
+
+
+def _log_prob(log_mean: Tensor, log_theta: Tensor, constant: Tensor, x: Tensor) -> Tensor:
+    """Log p(x) of any count; constant = R(theta)."""
+    kernel: Tensor = _Kernel.apply(*torch.broadcast_tensors(log_mean.clamp(min=_LOG_TINY), log_theta, x))
+    # log x! - x log x + x - log(2 pi) / 2 + 1; the clamp is for 0 log 0 = 0
+    factorial = _remainder(x + 1) + 0.5 * x.log1p() + x * torch.log1p(1 / x.clamp(min=1e-20))
+    tiny = x * (log_mean - _LOG_TINY).clamp(max=0)
+    return kernel - constant - (factorial + (_HALF_LOG_2PI - 1)) + tiny

@@ -13,8 +13,7 @@ The protocol keeps apart what a prediction is made from and what it is scored on
 import importlib.util
 import io
 import json
-import os
-import tempfile
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.data.single_cell import differential_genes, halves
 from pyro_scm.data.splits import Split
 from pyro_scm.distributions import NegativeBinomial
-from pyro_scm.errors import CheckpointError, DataError, ModelError, listing
+from pyro_scm.errors import DataError, ModelError, listing
 from pyro_scm.handlers import diagonal
 from pyro_scm.infer import fit
 from pyro_scm.objectives import Objective
@@ -170,19 +169,21 @@ def _expected_log1p(law: NegativeBinomial, factor: Tensor) -> Tensor:
     """E[log1p(a x)] = integral over t > 0 of (1 - E[exp(-t a x)]) exp(-t) / t, x ~ NB(mu, theta).
 
     With the Laplace transform (1 + mu / theta (1 - exp(-t a)))^-theta, and the trapezoidal rule in s = log t, whose
-    integrand is analytic and falls off at both ends: 38 nodes give 6 decimals for a mu up to 10^4.
+    integrand is analytic and falls off at both ends; where it is a mu exp(s), the rest of the sum is a geometric
+    series. Some 20 nodes give 5 decimals.
 
     Args:
         law: of batch shape ``(..., n, G)``.
         factor: a, ``(n, 1)``.
     """
     theta, odds = law.log_dispersion.exp(), (law.log_mean - law.log_dispersion).exp()
-    step = 0.75
-    total = torch.zeros(law.batch_shape, dtype=theta.dtype, device=theta.device)
-    for s in np.arange(-24.0, 4.0, step):
-        t = float(np.exp(s))
+    largest = float((law.log_mean + factor.log()).max())
+    first, step = -7.0 - max(largest, 0.0), 0.75
+    total = law.mean * factor * (step * math.exp(first) / math.expm1(step))
+    for s in np.arange(first, 4.0, step):
+        t = math.exp(s)
         missing = -torch.expm1(-theta * torch.log1p(odds * -torch.expm1(-t * factor)))
-        total += step * float(np.exp(-t)) * missing
+        total += step * math.exp(-t) * missing
     return total
 
 
@@ -269,9 +270,12 @@ class _Task:
                 yield name, metric, value
 
 
-def _task(split: Split, degs: int, seed: int) -> _Task:
+def _task(split: Split, degs: int, seed: int, references: EnvironmentDataset | None = None) -> _Task:
     names, skipped = _held_out(split)
-    train, kept, shared = _halved_controls(split.train, seed)
+    if references is None:
+        train, kept, shared = _halved_controls(split.train, seed)
+    else:
+        train, kept, shared = split.train, _other_references(split.train, references), []
     test = split.test.of(*names)
     depth = train.schema.summary.depth
     counts = dict(zip(names, np.bincount(test.env)[test.environment_index(*names)].tolist(), strict=True))
@@ -334,6 +338,16 @@ def _halved_controls(train: EnvironmentDataset, seed: int) -> tuple[EnvironmentD
     out = np.isin(_rows(references), _rows(second))
     alone = counts[references.env] == 1
     return train.subset(~np.isin(_rows(train), _rows(second))), references.subset(out | alone), single
+
+
+def _other_references(train: EnvironmentDataset, references: EnvironmentDataset) -> EnvironmentDataset:
+    """Reference cells that were measured apart from the training cells."""
+    kept = references.subset(references.reference[references.env])
+    if not len(kept):
+        raise DataError("references has no reference cells: give unperturbed cells to score against")
+    if np.isin(_rows(kept), _rows(train)).any():
+        raise DataError("references are among the training cells: leave them out of the training split")
+    return kept
 
 
 def _differential(
@@ -508,7 +522,7 @@ class Comparison:
         checkpoints.write_text(folder / "config.json", json.dumps(self.config, indent=1, default=str))
         picture = io.BytesIO()
         self.figure().savefig(picture, format="png", dpi=150)
-        _write_bytes(folder / "figure.png", picture.getvalue())
+        checkpoints.write_bytes(folder / "figure.png", picture.getvalue())
         return folder
 
     def _by_model(self) -> list[tuple[str, pd.DataFrame]]:
@@ -577,26 +591,13 @@ def _draw(axes: "Axes", y: int, values: FloatArray, colour: str) -> None:
         axes.text(-0.96, y, f"{middle:.2g}", va="center", fontsize="small", color=colour)
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not write {len(data)} bytes ({error.strerror})") from error
-
-
 def compare(
     split: Split,
     models: Sequence[str] | Mapping[str, Mapping[str, Any]],
     *,
     baselines: Sequence[str] = tuple(BASELINES),
     seeds: Sequence[int] = (0, 1, 2),
+    references: EnvironmentDataset | None = None,
     degs: int = 50,
     cells: int = 500,
     latent: int | None = None,
@@ -618,6 +619,8 @@ def compare(
             is a label of your own: ``{"shallow": {"recipe": "vae", "hidden": ()}}``.
         baselines: names in `BASELINES`.
         seeds: of each model's ensemble.
+        references: reference cells that are not in training, to score against, for example those of the held-out
+            plates; half of the training references by default, which are then not trained on.
         degs: differential genes of each environment; 0 for none.
         cells: reference cells to predict from; see `predict_means`.
         latent: of every model whose options do not say.
@@ -633,7 +636,7 @@ def compare(
     """
     made = _options(models, latent)
     _check_names(made, baselines)
-    task = _task(split, degs, seed)
+    task = _task(split, degs, seed, references)
     programs = {n: recipes.make(recipe, task.train.schema, **options) for n, (recipe, options) in made.items()}
     rows = _baseline_rows(task, baselines)
     runs = {}

@@ -1,8 +1,11 @@
 """Effect handlers: every change to a program is one of these around it, never a flag inside it."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeAlias
 
+import pyro
 import torch
 from pyro.distributions import Independent, TorchDistribution
 from pyro.poutine.do_messenger import DoMessenger
@@ -14,7 +17,7 @@ from torch.distributions import Distribution, Transform, TransformedDistribution
 from pyro_scm.errors import InterventionError, listing
 from pyro_scm.sites import Z
 
-__all__ = ["Do", "Expose", "HoldNoise", "NoiseIntervention", "addressed", "anneal", "refuse_unknown"]
+__all__ = ["Do", "Expose", "HoldNoise", "NoiseIntervention", "addressed", "anneal", "refuse_unknown", "unstored"]
 
 Program: TypeAlias = Callable[..., Any]
 
@@ -47,6 +50,18 @@ class Do(DoMessenger):
             super()._pyro_sample(msg)
         finally:
             self.data = {**self.data, msg["name"].removesuffix("__CF"): rule}
+
+
+FROZEN = ".*not registered in the param store"
+"""What Pyro warns of when a module has frozen parameters, which is nobody's mistake."""
+
+
+@contextlib.contextmanager
+def unstored() -> Iterator[None]:
+    """Runs of a PyroModule leave nothing in Pyro's parameter store: it would shadow later models of the same class."""
+    with pyro.get_param_store().scope(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", FROZEN)
+        yield
 
 
 class Expose(Messenger):

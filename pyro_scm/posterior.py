@@ -1,6 +1,7 @@
 """`to_arviz`: a fitted ensemble as `arviz.InferenceData`, its members as chains."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from pyro import poutine
 
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError
-from pyro_scm.query import abduct, isolated
+from pyro_scm.query import abduct, isolated, member_count
 from pyro_scm.run import Fitted, members
 from pyro_scm.sites import C, X, Z
 
@@ -43,10 +44,11 @@ def to_arviz(fitted: Fitted, cells: EnvironmentDataset, *, draws: int = 100, see
     with warnings_of_arviz():
         import arviz as az
 
-    need = draws * len(cells) * len(cells.genes) * 8
+    count = member_count(fitted)
+    need = count * draws * len(cells) * len(cells.genes) * 8
     if need > _LARGEST:
         raise DataError(
-            f"{draws} draws of {len(cells)} cells x {len(cells.genes)} genes take {need / 2**30:.1f} GiB: "
+            f"{count} x {draws} draws of {len(cells)} cells x {len(cells.genes)} genes take {need / 2**30:.1f} GiB: "
             "ask for fewer draws, or for some of the cells (cells.subset)"
         )
     parts = []
@@ -103,8 +105,12 @@ def _draws(model: Any, guide: Any, cells: EnvironmentDataset, draws: int) -> dic
     return {name: torch.as_tensor(value).cpu().numpy() for name, value in values.items()}
 
 
-def warnings_of_arviz() -> contextlib.AbstractContextManager[Any]:
-    """ArviZ 0.23 announces its successor on import and use; users of this package need not read it each time."""
+@contextlib.contextmanager
+def warnings_of_arviz() -> Iterator[None]:
+    """ArviZ 0.23 announces its successor on import and use, and takes more members than draws for a mistake."""
     import warnings
 
-    return warnings.catch_warnings(action="ignore", category=FutureWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "More chains", UserWarning)
+        yield

@@ -21,7 +21,16 @@ from torch.distributions import Distribution
 from pyro_scm.batch import Batch
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError, InterventionError
-from pyro_scm.handlers import Do, Expose, HoldNoise, NoiseIntervention, diagonal, refuse_unknown, reparametrised
+from pyro_scm.handlers import (
+    Do,
+    Expose,
+    HoldNoise,
+    NoiseIntervention,
+    diagonal,
+    refuse_unknown,
+    reparametrised,
+    unstored,
+)
 from pyro_scm.run import Environments, Fitted, Run, members
 from pyro_scm.sites import DATA, C, X, Z
 
@@ -56,7 +65,7 @@ class Intervened:
 
 
 def do(model: Callable[..., Any], data: Actions) -> Intervened:
-    """A program whose named nodes are set, do(c_j := value): mechanisms into them are cut, everything else stays.
+    """The program with named nodes set, c_j := value: mechanisms into them are cut, everything else stays.
 
     As `pyro.poutine.do`, which works on these models too; beyond it, names are checked, values may be arrays (one a
     cell) or functions of the node's natural value, and a later intervention on the same node replaces an earlier one.
@@ -115,6 +124,11 @@ def noise(model: Callable[..., Any], laws: Laws) -> Callable[..., Any]:
 def _components(model: Any, laws: Laws) -> dict[int, Distribution]:
     sites = list(model.sites)
     refuse_unknown(laws, sites)
+    for name, law in laws.items():
+        if not isinstance(law, Distribution) or law.batch_shape or law.event_shape:
+            raise InterventionError(
+                f"noise of {name} := {law!r}: give a distribution of one number, such as dist.Normal(0, 1)"
+            )
     return {sites.index(name): law for name, law in laws.items()}
 
 
@@ -226,12 +240,14 @@ def counterfactual(
 
     Raises:
         InterventionError: no such node.
-        DataError: no such environment, or an answer too large for memory.
+        DataError: no such environment, no cells or draws, or an answer too large for memory.
     """
+    if not len(cells) or (draws is not None and draws < 1):
+        raise DataError(f"{len(cells)} cells and draws = {draws}: ask about some cells, with draws of 1 or more")
     worlds = []
     for k, (model, guide) in enumerate(members(fitted)):
         refuse_unknown(do or {}, model.sites)
-        _check_size(len(cells) * (draws or 1), len(cells.genes), _count(fitted))
+        _check_size(len(cells) * (draws or 1), len(cells.genes), member_count(fitted))
         place = _place(fitted, cells, environment)
         with isolated(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + k)
@@ -341,8 +357,8 @@ def _mean(law: Any) -> Tensor:
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Without gradients, checks, or traces in Pyro's parameter store, which would shadow models of the same class."""
-    with pyro.get_param_store().scope(), torch.no_grad(), pyro.validation_enabled(False):
+    """Without gradients, checks, or traces in Pyro's parameter store."""
+    with unstored(), torch.no_grad(), pyro.validation_enabled(False):
         yield
 
 
@@ -406,8 +422,9 @@ def _place(fitted: Fitted, cells: EnvironmentDataset, name: str | None) -> Calla
     return lambda batch: environments.place(batch, name)
 
 
-def _count(fitted: Fitted) -> int:
-    return len(fitted) if isinstance(fitted, Run) else 1
+def member_count(fitted: Fitted) -> int:
+    """Number of members that `members` yields."""
+    return 1 if isinstance(fitted, tuple) and isinstance(fitted[0], nn.Module) else len(fitted)
 
 
 def _check_size(rows: int, genes: int, count: int) -> None:

@@ -142,7 +142,7 @@ def _rebuild(manifest: Mapping[str, Any], schema: Schema) -> tuple[LatentModel, 
     made, guided = manifest.get("model"), manifest.get("guide")
     if not made or not guided or made["name"] not in RECIPES:
         raise CheckpointError(
-            "this run's model is not one of the named models: call load(folder, model=..., guide=...) with its structure"
+            "this run's model is not one of the named models: call load(folder, model=..., guide=...)"
         )
     model = RECIPES[made["name"]].build(schema, **made["options"])
     return model, amortise(model, schema, **guided)

@@ -244,11 +244,14 @@ def test_additive_takes_parts_of_the_nearest_dose() -> None:
         ("A", 100.0, (0.0, 0.0)),
         ("A+B", "0.1+1.0", (0.0, 0.0)),
         ("A+B", "10+10", (0.0, 0.0)),
+        ("A+B", 3.0, (0.0, 0.0)),
+        ("A", np.nan, (4.0, 0.0)),
     ]
     cells = screen(rows, dose="dose")
-    asked = ["A 100 uM", "A+B 0.1+1.0 uM", "A+B 10+10 uM"]
-    predicted = Additive().fit(train_of(cells, *asked)).predict(asked)
-    assert predicted.tolist() == [[9, 0], [1, 5], [9, 5]]
+    asked = ["A 100 uM", "A+B 0.1+1.0 uM", "A+B 10+10 uM", "A+B 3 uM"]
+    predicted = Additive().fit(train_of(cells, *asked)).predict([*asked, "A ? uM"])
+    # the nearest on the scale of log(1 + dose); an unknown dose is far from all, and all are equally far from it
+    np.testing.assert_allclose(predicted, [[9, 0], [1, 5], [9, 5], [9, 5], [14 / 3, 0]], rtol=1e-6)
 
 
 def test_without_doses_all_environments_of_a_part_are_averaged() -> None:
@@ -298,7 +301,7 @@ def test_ridge_is_sklearn_s_with_the_same_alpha(environments: int, features: int
 def test_alpha_has_the_smallest_leave_one_environment_out_error(environments: int, features: int, noise: float) -> None:
     train, _ = linear_screen(environments, features, noise)
     r, changes, weight = parts_of(train)
-    fitted = Ridge().fit(train)
+    fitted = Ridge(np.geomspace(0.01, 100, 31).tolist()).fit(train)
     centred = np.sqrt(weight)[:, None] * (r - weight @ r / weight.sum())
     unit = np.sum(centred**2) / len(r)
     errors = {}

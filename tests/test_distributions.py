@@ -211,9 +211,10 @@ def test_what_is_no_count_is_refused_where_validation_is_on(x: float) -> None:
         NegativeBinomial(torch.tensor(float("nan")), torch.zeros(()), validate_args=True)
 
 
-def test_many_parameters_at_once_give_what_each_gives_alone() -> None:
+@pytest.mark.parametrize("rate", [0.1, 5.0])
+def test_many_parameters_at_once_give_what_each_gives_alone(rate: float) -> None:
     log_mean, log_theta = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    x = torch.poisson(torch.full((4, 5), 5.0))
+    x = torch.poisson(torch.full((4, 5), rate))
 
     def log_prob(a: Tensor, b: Tensor) -> Tensor:
         return NegativeBinomial(a, b, validate_args=False).log_prob(x)
@@ -226,6 +227,37 @@ def test_many_parameters_at_once_give_what_each_gives_alone() -> None:
         torch.testing.assert_close(found, expected)
     inside = torch.func.vmap(torch.func.grad(lambda a, b: log_prob(a, b).sum()))(log_mean, log_theta)
     torch.testing.assert_close(inside, separate[0])
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (4, 6), (3, 4, 6)])
+def test_cells_of_many_zeros_have_the_density_of_each_count(shape: tuple[int, ...]) -> None:
+    """Zeros have a density of their own formula: together with other counts they give what each gives alone."""
+    x = torch.poisson(torch.full(shape, 0.2, dtype=torch.float64))
+    log_mean = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    log_theta = torch.randn(shape[-1:], dtype=torch.float64, requires_grad=True)
+    found = NegativeBinomial(log_mean, log_theta).log_prob(x)
+    wide = log_theta.expand(shape)
+    points = zip(*(t.detach().flatten().tolist() for t in (log_mean, wide, x)), strict=True)
+    expected = torch.tensor([exact(*point) for point in points], dtype=torch.float64)
+    torch.testing.assert_close(found.flatten(), expected[:, 0], rtol=1e-9, atol=1e-9)
+    by_mean, by_theta = torch.autograd.grad(found.sum(), (log_mean, log_theta))
+    torch.testing.assert_close(by_mean.flatten(), expected[:, 1], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(by_theta, expected[:, 2].reshape(shape).sum_to_size(shape[-1:]), rtol=1e-8, atol=1e-8)
+    assert (NegativeBinomial(log_mean, log_theta).log_prob(torch.zeros(())).detach() <= 0).all()
+
+
+def test_zeros_alone_keep_their_digits_in_float32() -> None:
+    zero = grid()[2] == 0
+    log_mean, log_theta, x = (t[zero].clone() for t in grid())
+    expected = reference()[zero]
+    log_mean.requires_grad_()
+    log_theta.requires_grad_()
+    log_prob = NegativeBinomial(log_mean, log_theta).log_prob(x)
+    torch.testing.assert_close(log_prob.detach().double(), expected[:, 0], rtol=1e-5, atol=1e-6)
+    by_mean, by_theta = torch.autograd.grad(log_prob.sum(), (log_mean, log_theta))
+    torch.testing.assert_close(by_mean.double(), expected[:, 1], rtol=1e-5, atol=1e-6)
+    known = 3e-7 * log_mean.detach().exp().double()  # the gradient is a difference of numbers of at most this size
+    assert ((by_theta.double() - expected[:, 2]).abs() <= 1e-4 * expected[:, 2].abs() + known + 1e-6).all()
 
 
 def test_normal_is_diagonal_over_its_last_dimension() -> None:

@@ -378,9 +378,7 @@ def test_without_critics_there_are_no_such_steps(sides: list[bool]) -> None:
 
 def test_critics_learn_to_tell_environments_apart() -> None:
     objective = against(weight=1e-3)
-    run = train(
-        "environment_vae", objective=objective, seeds=(0, 1), epochs=15, batch_size=25, lr=0.03, critic_steps=4
-    )
+    run = train("environment_vae", objective=objective, seeds=(0, 1), epochs=15, batch_size=25, lr=0.03, critic_steps=4)
     history = run.history.assign(cross_entropy=-run.history["adversary"] / 1e-3)
     for _, member in history.groupby("seed"):
         first, last = member["cross_entropy"].iloc[0], member["cross_entropy"].iloc[-1]

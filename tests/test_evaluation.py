@@ -18,6 +18,7 @@ from pyro.distributions import Delta
 from scipy.stats import nbinom
 from torch import Tensor, nn
 
+from guides import amortise
 from pyro_scm import baselines, evaluation, metrics, query, recipes
 from pyro_scm.batch import Batch
 from pyro_scm.data import splits, synthetic
@@ -216,9 +217,15 @@ def test_cells_come_from_the_controls_of_the_environment_s_cell_line() -> None:
     adata.X[adata.obs["line"] == "y"] += 100
     cells = EnvironmentDataset.from_anndata(adata, environment="perturbation", control="control", cell_line="line")
     model, guide = recipes.make("vae", cells.schema, latent=3)
-    predicted = predict_means((model, guide), cells, ["env_2 y", "env_2 x", "env_3 y"])[0]
+    names = ["env_2 y", "env_2 x", "env_3 y"]
+    predicted = predict_means((model, guide), cells, names)[0]
     own = {line: np.asarray(cells.of(f"control {line}").x).mean(0) for line in "xy"}
     np.testing.assert_allclose(predicted, np.stack([own["y"], own["x"], own["y"]]), atol=1e-4)
+    # each environment is answered in its place, whatever else is asked
+    model, guide = (recipes.make(n, cells.schema, latent=3)[i] for i, n in enumerate(("conditional_vae", "ae")))
+    single = [predict_means((model, guide), cells, [name])[0, 0] for name in names]
+    assert np.abs(single[0] - single[2]).max() > 1e-3
+    np.testing.assert_allclose(predict_means((model, guide), cells, names)[0], np.stack(single), rtol=1e-6)
 
 
 def test_predictions_of_unknown_environments_or_from_no_cells_are_refused() -> None:
@@ -304,6 +311,34 @@ def test_scores_of_cells_do_not_depend_on_the_size_of_the_training_set_or_of_chu
     one = evaluation._cell_scores(model, guide, own, len(cells), 100.0)
     monkeypatch.setattr(evaluation, "_CHUNK", 7)
     assert evaluation._cell_scores(model, guide, own, 10 * len(cells), 100.0) == pytest.approx(one, rel=1e-5)
+    batch = own.batch()
+    assert batch.size is not None
+    assert batch.x is not None
+    with torch.no_grad():
+        law = model.likelihoods[0].distribution(query.abduct(guide.forward, batch)["z"], batch)
+        scale = (100 / batch.size)[:, None]
+        rebuilt = torch.log1p(law.sample((3000,)) * scale).mean(0)
+        error = (torch.log1p(batch.x * scale) - rebuilt).square().mean().sqrt()
+    assert one["reconstruction_rmse"] == pytest.approx(float(error), rel=1e-2)
+
+
+def test_sites_that_all_cells_share_are_shared_out_over_the_training_cells() -> None:
+    class Level(nn.Module):
+        latent = 3
+
+        def forward(self, batch: Batch) -> Any:
+            level = pyro.sample("level", pyro.distributions.Normal(0.0, 1.0))
+            return pyro.distributions.Normal(level, 1.0).expand([len(batch), 3]).to_event(1)
+
+    _, cells = screen(cells=20)
+    model = LatentModel(Level(), recipes.make("vae", cells.schema, latent=3)[0].likelihoods[0])
+    guide = amortise(model, cells.schema)
+    own = cells.of("env_2")
+    with torch.no_grad():
+        level = guide.outside["level"]()
+        share = float(torch.distributions.kl_divergence(level, torch.distributions.Normal(0.0, 1.0)))
+    few, many = (evaluation._cell_scores(model, guide, own, total, 1.0)["nll"] for total in (20, 200))
+    assert few - many == pytest.approx(share * (1 / 20 - 1 / 200), rel=1e-2)
 
 
 # ---------------------------------------------------------------------- the protocol
@@ -497,6 +532,24 @@ def test_cells_held_out_of_trained_environments_are_scored_without_the_reference
     assert found["additive"] > 0.9 > 0.6 > found["training_mean"]  # each perturbation was seen
 
 
+def test_single_effects_add_up_in_measured_pairs(data_folder: Path) -> None:
+    cells = EnvironmentDataset.read(
+        data_folder / "norman_k562" / "norman_k562_train_log1p.h5ad",
+        environment="condition",
+        control="control",
+        counts=False,
+        representation="multi-hot",
+    )
+    pairs = [str(name) for name in cells.environments.index if "+" in str(name)]
+    comparison = compare(splits.by_environment(cells, held_out=pairs), [], degs=20)
+    assert comparison.summary()["environments"]["additive"] == len(pairs) == 10
+    added = scores_of(comparison, "additive", "delta_pearson")
+    usual = scores_of(comparison, "training_mean", "delta_pearson")
+    assert added["KLF1+MAP2K6"] > 0.9 > 0.6 > usual["KLF1+MAP2K6"]  # both singles are in training
+    assert added["MAP2K3+MAP2K6"] > 0.5 > usual["MAP2K3+MAP2K6"]
+    assert np.mean(list(added.values())) > np.mean(list(usual.values())) + 0.1
+
+
 # ---------------------------------------------------------------------- the comparison
 def test_a_comparison_of_two_models_with_two_seeds(fitted: tuple[AnnData, splits.Split, Comparison]) -> None:
     _, split, comparison = fitted
@@ -626,6 +679,26 @@ def test_a_summary_is_the_median_over_seeds_of_the_mean_over_environments() -> N
     assert table.loc["no_change", "rmse"] == 3.5
     assert math.isnan(table.loc["no_change", "rmse_sd"])
     assert comparison.summary(["rmse"]).columns[3:].tolist() == ["rmse", "rmse_sd", "rmse_min", "rmse_max", "rmse_n"]
+
+
+def test_a_short_summary_is_for_reading() -> None:
+    comparison = made(
+        {
+            ("m", "delta_r2"): [[0.1, 0.3], [0.5, 0.7]],
+            ("m", "rmse"): [[1.0, 1.0], [2.0, 2.0]],
+            ("no_change", "delta_r2"): [[NAN, NAN]],
+            ("no_change", "rmse"): [[3.0, 4.0]],
+        }
+    )
+    table = comparison.brief(["rmse", "delta_r2", "rank"])
+    assert table.loc["m"].to_dict() == {
+        "seeds": "2",
+        "environments": "2",
+        "rmse": "1.500 ± 0.707",
+        "delta_r2": "0.400 ± 0.283",
+    }
+    assert table.loc["no_change", ["rmse", "delta_r2"]].tolist() == ["3.500", "–"]
+    assert comparison.brief().columns.tolist() == ["seeds", "environments", "delta_r2"]
 
 
 def verdicts(comparison: Comparison) -> dict[tuple[str, str], str]:
@@ -811,6 +884,14 @@ def test_the_shift_of_an_environment_belongs_to_its_noise() -> None:
     pd.testing.assert_series_equal(row, true, rtol=1e-4)
 
 
+def test_targets_are_matched_by_the_names_of_environments() -> None:
+    adata, cells = screen(environments=9, cells=100, constant=True, strength=6.0, noise=0.5)
+    backwards = synthetic.dataset(adata[::-1].copy(), "descriptors")
+    assert list(backwards.environments.index) != list(cells.environments.index)
+    row = recovery(known(adata, backwards), backwards, adata).iloc[0]
+    pd.testing.assert_series_equal(row, recovery(known(adata, cells), cells, adata).iloc[0], rtol=1e-4)
+
+
 def test_recovery_of_a_part_of_the_cells_and_of_each_member(fitted: tuple[AnnData, splits.Split, Comparison]) -> None:
     adata, split, comparison = fitted
     table = recovery(comparison.runs["environment_vae"], split.train, adata)
@@ -842,3 +923,25 @@ def test_a_fitted_model_beats_chance_at_recovery() -> None:
     run = fit(model, guide, cells, epochs=15, lr=1e-2, progress=False)
     row = recovery(run, cells, adata).iloc[0]
     assert row["linear_r2_z"] > 0.8
+
+
+def test_references_measured_apart_are_scored_against_and_all_others_trained_on() -> None:
+    cells = synthetic.dataset(synthetic.simulate(latent=3, genes=8, environments=6, cells=20, seed=3), "oracle")
+    split = splits.by_environment(cells, held_out=["env_1", "env_2"])
+    control = np.flatnonzero(cells.env == 0)
+    apart = cells.subset(control[:7])
+    kept = replace(split, train=split.train.subset(~np.isin(split.train.origin, control[:7])))
+    found = compare(kept, [], baselines=["training_mean"], references=apart, degs=0)
+    assert found.config["cells"]["training"] == len(kept.train)
+    depth = kept.train.schema.summary.depth
+    mean = baselines.TrainingMean().fit(kept.train).predict(["env_1"])[0]
+    change = mean - kept.train.x[kept.train.env == 0].mean(0)
+    second = halves(cells.of("env_1"), 0)[1]
+    true = np.asarray(second.normalised(depth)).mean(0) - apart.x.mean(0)
+    rows = found.scores
+    score = rows[(rows["environment"] == "env_1") & (rows["metric"] == "delta_pearson")]["value"].item()
+    assert score == pytest.approx(np.corrcoef(true, change)[0, 1], abs=1e-5)
+    with pytest.raises(DataError, match="references are among the training cells"):
+        compare(split, [], baselines=["no_change"], references=apart)
+    with pytest.raises(DataError, match="references has no reference cells"):
+        compare(kept, [], baselines=["no_change"], references=cells.of("env_3"))

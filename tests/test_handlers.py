@@ -22,6 +22,8 @@ from pyro_scm.handlers import (
     anneal,
     diagonal,
     refuse_unknown,
+    reparametrised,
+    unstored,
 )
 from pyro_scm.likelihoods import Gaussian
 from pyro_scm.model import LatentModel
@@ -270,6 +272,33 @@ def test_the_normal_inside_its_wrappers_is_found() -> None:
     law = dist.Normal(torch.zeros(4, 3), torch.ones(4, 3))
     assert diagonal(law) is law
     assert diagonal(law.to_event(1).mask(False)) is law
+
+
+def test_a_law_is_its_base_and_the_transforms_to_it() -> None:
+    normal = dist.Normal(torch.zeros(3), 1.0)
+    assert reparametrised(normal.to_event(1)) == (normal, [])
+    exponential = dist.transforms.ExpTransform()
+    affine = dist.transforms.AffineTransform(1.0, 2.0)
+    inner = dist.TransformedDistribution(normal, [exponential])
+    law = dist.TransformedDistribution(inner, [affine]).to_event(1)
+    base, transforms = reparametrised(law)
+    assert base is normal
+    epsilon = torch.randn(3)
+    value = epsilon
+    for transform in transforms:
+        value = transform(value)
+    torch.testing.assert_close(value, 1 + 2 * epsilon.exp())
+
+
+def test_runs_leave_nothing_in_the_parameter_store_where_so_asked() -> None:
+    pyro.param("mine", torch.zeros(2))
+    frozen = chain().train()  # Pyro warns of frozen parameters, and warnings are errors here
+    with unstored():
+        run(frozen)
+        run(chain().requires_grad_())
+    assert list(pyro.get_param_store()) == ["mine"]
+    run(chain().requires_grad_())
+    assert len(list(pyro.get_param_store())) > 1
 
 
 @pytest.mark.parametrize("sparsifier", [None, TopK(1), Dense()])

@@ -48,12 +48,24 @@ def test_added_model_keeps_the_contract_and_trains(model_file: Path) -> None:
     assert losses.iloc[-1] < losses.iloc[0] - 1
 
 
-def test_added_model_works_on_the_command_line(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_added_model_works_on_the_command_line(model_file: Path, tmp_path: Path) -> None:
     from pyro_scm.cli import main
 
     screen = tmp_path / "sim.h5ad"
-    assert main(["simulate", "--latent", "3", "--genes", "8", "--environments", "4", "--cells", "20", "--out", str(screen)]) == 0
-    arguments = ["--environment", "perturbation", "--control", "control", "--latent", "3", "--epochs", "1", "--seeds", "2"]
+    sizes = ["--latent", "3", "--genes", "8", "--environments", "4", "--cells", "20"]
+    assert main(["simulate", *sizes, "--out", str(screen)]) == 0
+    arguments = [
+        "--environment",
+        "perturbation",
+        "--control",
+        "control",
+        "--latent",
+        "3",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+    ]
     out = tmp_path / "run"
     assert main(["fit", str(screen), "--model", f"{model_file}:offset_vae", *arguments, "--out", str(out)]) == 0
     assert (out / "manifest.json").is_file()

@@ -57,8 +57,9 @@ class HandWritten(nn.Module):
                 - (x + theta) * odds
             ).sum()
         inverse = torch.exp(-prior_log)
-        kl = (prior_log - scale.log() + 0.5 * ((scale * inverse).square() + ((mean - prior_mean) * inverse).square() - 1))
-        return (reconstruction + kl.sum()) / len(x)
+        gap = ((mean - prior_mean) * inverse).square()
+        kl = (prior_log - scale.log() + 0.5 * ((scale * inverse).square() + gap - 1)).sum()
+        return (reconstruction + kl) / len(x)
 
 
 def hand_written(cells: EnvironmentDataset, latent: int, hidden: int, size: int) -> Iterator[float]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_scm.cli.fit import add_training_options, check_device, keep_genes, training
+from pyro_scm.cli.fit import add_selection_options, add_training_options, check_device, keep_genes, training
 from pyro_scm.cli.inputs import DataOptions, Memory, add_data_options, environments, read, represented
 from pyro_scm.cli.models import guide_options
 from pyro_scm.cli.outputs import claim_folder, remark
@@ -83,19 +83,7 @@ def add(verbs: Verbs) -> None:
         help="share of the perturbations, between 0 and 1, drawn at random to predict",
     )
     split.add_argument("--split-seed", metavar="N", type=natural, default=0, help="of that draw")
-    split.add_argument(
-        "--validation-fraction",
-        metavar="SHARE",
-        type=share,
-        help="share of the perturbations, between 0 and 1, set aside to choose the best epoch by (default: none, the "
-        "last epoch is kept)",
-    )
-    split.add_argument(
-        "--genes",
-        metavar="N",
-        type=whole,
-        help="keep the N most variable genes, chosen on the training cells (default: all)",
-    )
+    add_selection_options(split)
     model = parser.add_argument_group("models").add_argument
     model(
         "--models",
@@ -229,11 +217,14 @@ def show(comparison: "Comparison", args: Namespace) -> None:
     for note in comparison.config.get("notes", ()):
         remark(args, f"note: {note}")
     verdict = comparison.verdict()
-    for row in verdict[verdict["metric"].isin(SHOWN[:2]) & (verdict["environments"] > 0)].itertuples(index=False):
+    told = verdict[verdict["metric"].isin(SHOWN[:2]) & (verdict["environments"] > 0)]
+    for row in told.to_dict("records"):
+        low, high = row["lower"], row["upper"]
+        interval = f" [{low:+.3f}, {high:+.3f}]" if low == low else ""  # NaN where there is one environment
         remark(
             args,
-            f"{row.model} against {row.baseline}, {row.metric}: {row.difference:+.3f} "
-            f"[{row.lower:+.3f}, {row.upper:+.3f}] over {row.environments} environments: {row.verdict}",
+            f"{row['model']} against {row['baseline']}, {row['metric']}: {row['difference']:+.3f}{interval} over "
+            f"{row['environments']} environments: {row['verdict']}",
         )
 
 

@@ -1,5 +1,6 @@
 """`pyro-scm fit`: train an ensemble."""
 
+import argparse
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pyro_scm.data.dataset import EnvironmentDataset
     from pyro_scm.run import Run
 
-__all__ = ["add", "add_training_options", "check_device", "keep_genes", "training"]
+__all__ = ["add", "add_selection_options", "add_training_options", "check_device", "keep_genes", "training"]
 
 Test = TypeVar("Test", bound="EnvironmentDataset | None")
 
@@ -64,7 +65,15 @@ def add(verbs: Verbs) -> None:
     parser = add_verb(verbs, "fit", run, summary="fit a model to cells", description=DESCRIPTION, examples=EXAMPLES)
     parser.set_defaults(interrupted=interrupted)
     add_data_options(parser)
-    add_split_options(parser)
+    kept = parser.add_argument_group("what is trained on")
+    kept.add_argument(
+        "--hold-out",
+        metavar="ENV,...",
+        action="append",
+        help="environments, or perturbations with all their doses, that are not trained on: what the model says of "
+        "them can then be checked; may be given several times",
+    )
+    add_selection_options(kept)
     model = parser.add_argument_group("model").add_argument
     model("--model", metavar="NAME", help="see `pyro-scm models`; or FILE.py:FUNCTION, a function of your own")
     model("--latent", metavar="D", type=whole, help="number of latent causal variables (default: the model's own, 20)")
@@ -94,16 +103,9 @@ def add(verbs: Verbs) -> None:
     )
 
 
-def add_split_options(parser: Parser) -> None:
-    """What is not trained on, and which genes are kept."""
-    add = parser.add_argument_group("what is trained on").add_argument
-    add(
-        "--hold-out",
-        metavar="ENV,...",
-        action="append",
-        help="environments, or perturbations with all their doses, that are not trained on: what the model says of "
-        "them can then be checked; may be given several times",
-    )
+def add_selection_options(group: argparse._ArgumentGroup) -> None:
+    """Which environments and genes are kept for what."""
+    add = group.add_argument
     add(
         "--validation-fraction",
         metavar="SHARE",
@@ -202,7 +204,7 @@ def _planned(args: Namespace, out: Path) -> Memory:
         validation_fraction=args.validation_fraction or 0.0,
         genes=args.genes,
         model=absolute(args.model),
-        options=_options(args),
+        options=_options(args, args.model),
         training=training(args),
     )
 
@@ -227,7 +229,7 @@ def _resumed(args: Namespace, out: Path) -> Memory:
     names = [f.name for f in fields(DataOptions) if getattr(args, f.name) is not None]
     changed += [name for name in names if getattr(given, name) != getattr(memory.data, name)]
     if any((args.latent, args.hidden is not None, args.likelihood, args.option)):
-        wanted = _options(args)
+        wanted = _options(args, args.model or memory.model)
         changed += [name for name, value in wanted.items() if memory.options.get(name) != value]
     now = {name: getattr(args, name) for name in TRAINING} | dict(args.training or ())
     changed += [n for n, v in now.items() if v is not None and n != "epochs" and memory.training.get(n) != v]
@@ -239,16 +241,17 @@ def _resumed(args: Namespace, out: Path) -> Memory:
     return replace(memory, training={**memory.training, "epochs": args.epochs or memory.training["epochs"]})
 
 
-def _options(args: Namespace) -> dict[str, Any]:
-    """Options of model and guide.
+def _options(args: Namespace, model: str) -> dict[str, Any]:
+    """Options of a model and its guide.
 
     Raises:
         UsageError: one that does not exist, or of another kind.
     """
-    own = recipe(args.model).options if args.model else {}
     given = dict(args.option or ())
     for name in ("latent", "hidden", "likelihood"):
         if getattr(args, name) is not None:
+            if name in given:
+                raise UsageError(f"--{name} and --option {name} say the same: leave one out")
             given[name] = getattr(args, name)
     if "graph" in given:
         raise UsageError("--option graph: a graph cannot be given here: use the option depth, or fit in Python")
@@ -256,7 +259,7 @@ def _options(args: Namespace) -> dict[str, Any]:
         given.setdefault("guide_hidden", args.hidden)
     if isinstance(given.get("inputs"), str):
         given["inputs"] = (given["inputs"],)
-    return matching(given, own | guide_options(), f"the model {args.model}")
+    return matching(given, recipe(model).options | guide_options(), f"the model {model}")
 
 
 def training(args: Namespace) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _named(path: Path) -> Iterator[None]:
     """Errors of HDF5 and of the disk, with the name of the file that they are about."""
     try:
         yield
-    except (OSError, TypeError, ValueError) as error:
+    except Exception as error:  # HDF5 and anndata raise many kinds
         raise DataError(f"{path}: cannot be written ({error}); what was there before is untouched") from error
 
 

@@ -41,7 +41,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        if default is None or default is argparse.SUPPRESS or isinstance(default, bool) or "default" in text:
+        if default in (None, argparse.SUPPRESS, []) or isinstance(default, bool) or "default" in text:
             return text
         shown = ",".join(str(v) for v in default) if isinstance(default, tuple) else "%(default)s"
         return f"{text} (default: {shown})"
@@ -221,6 +221,8 @@ def matching(given: Mapping[str, Any], defaults: Mapping[str, Any], what: str) -
         if isinstance(default, float) and not isinstance(default, bool):
             kinds = (float, int)
         wrong = not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool))
+        if isinstance(default, tuple) and default:
+            wrong = not all(isinstance(each, type(default[0])) for each in value)
         if default is not None and wrong:
             raise UsageError(f"{what}: {name}={value!r} is of another kind than its default {default!r}")
         result[name] = value

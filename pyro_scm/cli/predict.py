@@ -169,7 +169,7 @@ def _detail(
         return None
     if given is not None:
         return _dose(given, options) if column == "dose" else given
-    values = like[column].dropna().unique()
+    values = like[column].dropna().unique().tolist()
     if len(values) > 1:
         raise UsageError(
             f"--environment {args.environment}: the run knows it with several values of {column}, {listing(values)}: "

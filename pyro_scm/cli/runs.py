@@ -192,7 +192,7 @@ def _keys(table: "pd.DataFrame") -> list[tuple[str, ...]]:
 def _text(value: Any) -> str:
     if value is None or value != value:  # NaN
         return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 def _add_environments(

@@ -201,7 +201,7 @@ def world(
         size: ``[n]`` library size.
         x: ``(n, G)`` observed expression, if any.
     """
-    rows = torch.as_tensor(env, dtype=torch.int64)
+    rows = torch.as_tensor(np.array(env, dtype=np.int64))
     perturbed = torch.ones(environments)
     perturbed[0] = 0
     return Batch(
@@ -212,7 +212,7 @@ def world(
         perturbed=perturbed,
         total=len(rows),
         x=x,
-        size=None if size is None else torch.as_tensor(size, dtype=torch.float32),
+        size=None if size is None else torch.as_tensor(np.array(size, dtype=np.float32)),
     )
 
 
@@ -336,12 +336,13 @@ class _Tempered(nn.Module):
 
 def _model(screen: Screen, rng: np.random.Generator, tables: dict[str, Any]) -> LatentModel:
     gain = torch.as_tensor(tables["gain"])
-    model = LatentModel(
-        prior=TablePrior(torch.as_tensor(tables["shift"]), torch.as_tensor(tables["scale"])),
-        scm=_causal_layer(screen, rng),
-        regime=TableRegime(gain) if bool((gain != 1).any()) else None,
-        likelihood=_likelihood(screen, rng),
-    )
+    with torch.random.fork_rng(devices=[]):  # parts draw initial values, which are then replaced
+        model = LatentModel(
+            prior=TablePrior(torch.as_tensor(tables["shift"]), torch.as_tensor(tables["scale"])),
+            scm=_causal_layer(screen, rng),
+            regime=TableRegime(gain) if bool((gain != 1).any()) else None,
+            likelihood=_likelihood(screen, rng),
+        )
     truth: LatentModel = model.requires_grad_(False).eval()
     return truth
 

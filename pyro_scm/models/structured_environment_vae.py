@@ -27,7 +27,7 @@ def structured_environment_vae(
     scale: bool = True,
     likelihood: str | None = None,
 ) -> LatentModel:
-    """z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c_j = f_j(PA_j) + z_j;  x | c ~ p(x | decoder(c));  guide q(z | x, r_e).
+    """z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c_j = f_j(PA_j) + z_j;  x | c ~ p(x | decoder(c));  q(z | x, r_e).
 
     The Environment VAE's prior on the noise of a structural causal model: an environment moves one noise term and its
     descendants follow.

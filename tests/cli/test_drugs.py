@@ -13,7 +13,7 @@ import pytest
 import pyro_scm as ps
 from pyro_scm import recipes
 from pyro_scm.cli.inputs import Memory
-from pyro_scm.cli.runs import cells_for, place
+from pyro_scm.cli.runs import _keys, cells_for, place
 from pyro_scm.data.chemistry import morgan
 from pyro_scm.errors import DataError
 from tests.cli.conftest import DRUGS, SMALL
@@ -30,7 +30,7 @@ def described(smiles: str, dose: float, line: str) -> np.ndarray:
 
 
 def predicted(works: Works, run: Path, out: Path, *words: str) -> np.ndarray:
-    works("predict", run, *words, "--cells", "5", "--out", out / "p.h5ad")
+    works("predict", run, *words, "--cells", "5", "--mean", "--out", out / "p.h5ad")
     return np.asarray(anndata.read_h5ad(out / "p.h5ad").X)
 
 
@@ -42,10 +42,40 @@ def asked(run: Path, file: Path, *changes: tuple[str, object]) -> tuple[ps.Run, 
 
 
 # ---------------------------------------------------------------------- predictions of what nobody measured
+@pytest.fixture(scope="module")
+def pairs_run(works_once: Works, drug_screen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fitted to pairs of drugs with a dose for each part."""
+    folder = tmp_path_factory.mktemp("pairs")
+    adata = anndata.read_h5ad(drug_screen)
+    drug, dose = adata.obs["drug"].astype(str), adata.obs["uM"]
+    pair = (drug == "aspirin") & (adata.obs["line"] == "A549")
+    adata.obs["drug"] = drug.where(~pair, "aspirin+caffeine")
+    adata.obs["uM"] = dose.map(str).where(~pair, dose.map(lambda d: f"{d}+2"))
+    adata.write_h5ad(folder / "pairs.h5ad")
+    words = ("--environment", "drug", "--control", "DMSO", "--dose", "uM", "--representation", "multi-hot", *SMALL)
+    works_once("fit", folder / "pairs.h5ad", "--model", "environment_vae", *words, "--out", folder / "run")
+    return folder / "run"
+
+
+def test_a_new_combination_of_known_parts(works: Works, fails: Fails, pairs_run: Path, tmp_path: Path) -> None:
+    fitted = ps.load(pairs_run)
+    column = {name.removeprefix("perturbation="): j for j, name in enumerate(fitted.schema.features)}
+    r = np.zeros(len(column))
+    r[column["ibuprofen"]], r[column["caffeine"]] = np.log10(1 + 4.0), np.log10(1 + 0.5)
+    words = ("--environment", "ibuprofen+caffeine", "--dose")
+    found = predicted(works, pairs_run, tmp_path, *words, "4+0.5")
+    assert np.array_equal(found, ps.predict(fitted, r, cells=5, mean=True).reshape(found.shape))
+    r[column["caffeine"]] = np.log10(1 + 4.0)  # one dose is that of all parts
+    found = predicted(works, pairs_run, tmp_path, *words, "4")
+    assert np.array_equal(found, ps.predict(fitted, r, cells=5, mean=True).reshape(found.shape))
+    wrong = ("predict", pairs_run, *words, "1+2+3", "--out", tmp_path / "q.h5ad")
+    assert "'ibuprofen+caffeine' has 2 perturbations and 3 doses: give one dose for each" in fails(*wrong)
+
+
 def test_a_new_drug_is_predicted_from_its_structure(works: Works, drug_run: Path, tmp_path: Path) -> None:
     words = ("--environment", "naproxen", "--smiles", NAPROXEN, "--dose", "3", "--cell-line", "MCF7")
     found = predicted(works, drug_run, tmp_path, *words)
-    expected = ps.predict(ps.load(drug_run), described(NAPROXEN, 3.0, "MCF7"), cells=5)
+    expected = ps.predict(ps.load(drug_run), described(NAPROXEN, 3.0, "MCF7"), cells=5, mean=True)
     assert np.array_equal(found, expected.reshape(found.shape))
     assert set(anndata.read_h5ad(tmp_path / "p.h5ad").obs["environment"]) == {"naproxen"}
 
@@ -60,7 +90,7 @@ def test_a_known_drug_by_structure_is_the_drug_by_name(works: Works, drug_run: P
 
 def test_a_known_drug_at_a_new_dose(works: Works, drug_run: Path, tmp_path: Path) -> None:
     found = predicted(works, drug_run, tmp_path, "--environment", "ibuprofen", "--dose", "3", "--cell-line", "A549")
-    expected = ps.predict(ps.load(drug_run), described(DRUGS["ibuprofen"], 3.0, "A549"), cells=5)
+    expected = ps.predict(ps.load(drug_run), described(DRUGS["ibuprofen"], 3.0, "A549"), cells=5, mean=True)
     assert np.array_equal(found, expected.reshape(found.shape))
 
 
@@ -69,7 +99,7 @@ def test_a_known_drug_at_a_new_dose(works: Works, drug_run: Path, tmp_path: Path
     [
         (
             ["aspirin"],
-            "--environment aspirin: the run knows it with several values of dose, 1.0, 10.0: choose one with",
+            "the run knows it with several values of dose, 1.0, 10.0: choose one with --dose",
         ),
         (["aspirin", "--dose", "1"], "several values of cell_line, 'A549', 'MCF7': choose one with --cell-line"),
         (["new", "--smiles", NAPROXEN], "--environment new: the run has to know its dose: add --dose"),
@@ -78,6 +108,8 @@ def test_a_known_drug_at_a_new_dose(works: Works, drug_run: Path, tmp_path: Path
         (["new", "--smiles", NAPROXEN, "--dose", "1", "--cell-line", "HeLa"], "does not cover it ('cell_line=HeLa')"),
         (["new", "--dose", "1", "--cell-line", "A549"], "the run has to know its smiles: add --smiles"),
         (["aspirin", "--dose", "-1"], "--dose -1: give a dose in uM"),
+        (["aspirin", "--dose", "much"], "--dose much: give a dose in uM, or one for each part such as 1+0.5"),
+        (["aspirin", "--dose", "1+2", "--cell-line", "A549"], "one dose for each part"),
         (["aspirin", "--time", "6"], "--time 6.0: the run represents environments by morgan:smiles, dose, cell_line"),
         (["DMSO", "--dose", "1"], "this is a reference"),
     ],
@@ -151,6 +183,27 @@ def test_a_new_drug_in_another_file_is_placed_by_its_structure(
     expected = ps.counterfactual(fitted, asked_of, environment="naproxen 1 uM A549")
     found = anndata.read_h5ad(tmp_path / "cf.h5ad")
     assert np.allclose(found.layers["counterfactual"], expected.x.mean((0, 1)), rtol=1e-4)
+
+
+def test_environments_are_the_same_however_their_numbers_were_stored() -> None:
+    rows = {"perturbation": ["A", "A+B"], "dose": [1e6, "1+2"], "time": [np.nan, 24.0], "cell_line": [None, "MCF7"]}
+    table = pd.DataFrame(rows)
+    stored = table.assign(dose=[1_000_000, "1+2"], time=[None, 24], cell_line=[np.nan, "MCF7"])
+    assert _keys(table) == _keys(stored) == [("A", "1e+06", "", ""), ("A+B", "1+2", "24", "MCF7")]
+
+
+def test_one_name_for_two_environments_is_refused(
+    works: Works, fails: Fails, drug_screen: Path, tmp_path: Path
+) -> None:
+    """With one cell line in each file neither label says which."""
+    whole = anndata.read_h5ad(drug_screen)
+    for line in ("A549", "MCF7"):
+        whole[(whole.obs["line"] == line).to_numpy()].copy().write_h5ad(tmp_path / f"{line}.h5ad")
+    words = ("--environment", "drug", "--control", "DMSO", "--cell-line", "line", "--dose", "uM", *SMALL)
+    works("fit", tmp_path / "A549.h5ad", "--model", "vae", *words, "--out", tmp_path / "run")
+    message = fails("embed", tmp_path / "run", tmp_path / "MCF7.h5ad", "--out", tmp_path / "e.h5ad")
+    assert "'aspirin 1 uM'" in message
+    assert "is another environment in the run (another dose, time or cell line): rename it" in message
 
 
 @pytest.mark.parametrize(
@@ -231,7 +284,7 @@ def test_a_table_in_a_file_describes_environments_beyond_the_data(
     assert fitted.environments.representation[e].tolist() == [2.0, 1.0]
     monkeypatch.chdir("/")  # the path is remembered from the root
     found = predicted(works, tmp_path / "run", tmp_path, "--environment", "naproxen")
-    assert np.array_equal(found, ps.predict(fitted, np.array([6.0, 1.0]), cells=5).reshape(found.shape))
+    assert np.array_equal(found, ps.predict(fitted, np.array([6.0, 1.0]), cells=5, mean=True).reshape(found.shape))
     message = fails("predict", tmp_path / "run", "--environment", "nothing", "--out", tmp_path / "p.h5ad")
     assert "the representation has no row for 'nothing'" in message
 
@@ -288,6 +341,16 @@ def test_files_that_carry_their_own_table(works: Works, fails: Fails, drug_scree
     works("embed", tmp_path / "run", tmp_path / "all.h5ad", "--out", tmp_path / "e.h5ad")
     expected = ps.embed(fitted, cells)["c"][fitted.best]
     assert np.allclose(anndata.read_h5ad(tmp_path / "e.h5ad").obsm["c"], expected, atol=1e-6)
+    other = anndata.read_h5ad(drug_screen)
+    other.obs["smiles"] = other.obs["smiles"].astype(str).replace(DRUGS["aspirin"], NAPROXEN)
+    other.obs["drug"] = other.obs["drug"].astype(str).replace("aspirin", "naproxen")
+    new = ps.EnvironmentDataset.from_anndata(
+        other, environment="drug", control="DMSO", smiles="smiles", representation="morgan", bits=16
+    )
+    new.to_anndata().write_h5ad(tmp_path / "new.h5ad")
+    fitted, found = asked(tmp_path / "run", tmp_path / "new.h5ad")
+    assert np.array_equal(found.representation[found.env], new.representation[new.env])
+    assert "naproxen" in fitted.environments.table.index
     words = ("fit", tmp_path / "some.h5ad", "--model", "vae", "--control", "DMSO", "--out", tmp_path / "other")
     assert "--control without --environment: this file carries its own table" in fails(*words)
     words = ("predict", tmp_path / "run", "--environment", "new", "--smiles", NAPROXEN, "--out", tmp_path / "p.h5ad")

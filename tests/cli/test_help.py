@@ -50,7 +50,7 @@ def test_every_option_is_explained_and_shows_its_default(name: str) -> None:
             continue
         assert action.help, action
         assert len(action.help) >= 10, action
-        silent = action.default in (None, argparse.SUPPRESS, False) or action.default == []
+        silent = action.default in (None, argparse.SUPPRESS, False, [])
         if not silent:
             assert "default" in formatter._expand_help(action), action
 

@@ -105,6 +105,8 @@ def test_options_take_the_kind_of_their_default() -> None:
         ({"depth": True}, "depth=True is of another kind"),
         ({"scale": 1}, "scale=1 is of another kind"),
         ({"depth": None}, "depth=None is of another kind"),
+        ({"hidden": "wide"}, r"hidden=\('wide',\) is of another kind"),
+        ({"hidden": (8, 2.5)}, r"hidden=\(8, 2.5\) is of another kind"),
     ],
 )
 def test_options_of_another_kind(given: dict, message: str) -> None:

@@ -93,8 +93,8 @@ def test_quiet_simulation_prints_nothing(works: Works, tmp_path: Path) -> None:
 def test_fit_is_the_librarys_fit(run: Path, split: splits.Split) -> None:
     found = ps.load(run)
     model, guide = recipes.make("environment_vae", split.train.schema, latent=3)
-    expected = ps.fit(model, guide, split.train, seeds=(0, 1), epochs=2, batch_size=64, device="cpu", progress=False)
-    assert found.seeds == (0, 1)
+    expected = ps.fit(model, guide, split.train, seeds=(1, 0), epochs=2, batch_size=64, device="cpu", progress=False)
+    assert (found.seeds, found.best) == ((1, 0), 1)
     assert found.parameters.keys() == expected.parameters.keys()
     for name, value in expected.parameters.items():
         assert torch.equal(found.parameters[name], value), name
@@ -113,7 +113,7 @@ def test_fit_remembers_how_it_was_asked(run: Path) -> None:
     assert memory.hold_out == ("env_4,env_5",)
     assert memory.model == "environment_vae"
     assert memory.options == {"latent": 3}
-    assert memory.training == {"seeds": (0, 1), "epochs": 2, "batch_size": 64, "lr": 0.001}
+    assert memory.training == {"seeds": (1, 0), "epochs": 2, "batch_size": 64, "lr": 0.001}
 
 
 def test_fit_prints_each_members_losses(works: Works, screen: Path, split: splits.Split, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_fit_prints_each_members_losses(works: Works, screen: Path, split: split
     members = [row[:4] for row in rows[start + 1 : start + 3]]
     model, guide = recipes.make("environment_vae", split.train.schema, latent=3)
     same = ps.fit(
-        model, guide, split.train, validation=split.test, seeds=(0, 1), epochs=2, batch_size=64, progress=False
+        model, guide, split.train, validation=split.test, seeds=(1, 0), epochs=2, batch_size=64, progress=False
     )
     last = same.history[same.history["epoch"] == 2]
     for row, (_, expected) in zip(members, last.iterrows(), strict=True):
@@ -217,6 +217,23 @@ def test_evaluate_notes_environments_of_the_training(works: Works, run: Path, sc
     assert "note: the run was fitted to cells of 'env_1'" in text
 
 
+def test_few_cells_are_noted(works: Works, drug_run: Path, drug_screen: Path, tmp_path: Path) -> None:
+    some = anndata.read_h5ad(drug_screen)
+    alone = (some.obs["drug"] == "vorinostat") & (some.obs["uM"] == 1) & (some.obs["line"] == "MCF7")
+    keep = ~alone | (np.cumsum(alone) <= 1)
+    some[keep.to_numpy()].copy().write_h5ad(tmp_path / "some.h5ad")
+    text = works("evaluate", drug_run, tmp_path / "some.h5ad", "--degs", "0")
+    assert "note: not scored, for they have a single cell: 'vorinostat 1 uM MCF7'" in text
+
+
+def test_one_environment_has_no_interval(works: Works, run: Path, screen: Path) -> None:
+    lines = works("evaluate", run, screen, "--hold-out", "env_4", "--degs", "0").splitlines()
+    told = [line for line in lines if "environment_vae against" in line]
+    assert told
+    assert not any("[" in line for line in told)
+    assert all("over 1 environments: too few environments" in line for line in told)
+
+
 # ---------------------------------------------------------------------- compare
 def test_compare_is_the_librarys_comparison(works: Works, screen: Path, split: splits.Split, tmp_path: Path) -> None:
     models = ("--models", "vae,environment_vae,baselines", "--hidden", "8", "--option", "sparsity=dense")
@@ -225,7 +242,7 @@ def test_compare_is_the_librarys_comparison(works: Works, screen: Path, split: s
     expected = evaluation.compare(
         split,
         {"vae": shared, "environment_vae": {**shared, "sparsity": "dense"}},
-        seeds=(0, 1),
+        seeds=(1, 0),
         epochs=2,
         batch_size=64,
         degs=3,
@@ -260,7 +277,7 @@ def test_embed_writes_the_best_members_latents(
         assert np.allclose(found.obsm[f"{name}_all"], expected[name].swapaxes(0, 1), atol=1e-6)
         assert np.array_equal(found.obsm[f"{name}_before"], before.obsm[name])  # the truth is kept
     assert np.array_equal(found.X, before.X)
-    assert f"of the best of 2 members (seed {fitted.best})" in text
+    assert "of the best of 2 members (seed 0)" in text
 
 
 def test_embed_writes_one_member_by_default(works: Works, run: Path, screen: Path, tmp_path: Path) -> None:
@@ -277,7 +294,7 @@ def test_predict_is_the_librarys_prediction(works: Works, run: Path, tmp_path: P
     expected = ps.predict(fitted, "env_4", cells=7, seed=3, mean=mean)
     assert np.array_equal(found.X, expected.reshape(14, 12))
     assert found.obs["member"].tolist() == [0] * 7 + [1] * 7
-    assert found.obs["seed"].tolist() == [0] * 7 + [1] * 7
+    assert found.obs["seed"].tolist() == [1] * 7 + [0] * 7
     assert found.obs.loc[found.obs["best"], "member"].unique().tolist() == [fitted.best]
     assert set(found.obs["environment"]) == {"env_4"}
     assert tuple(found.var_names) == fitted.schema.genes

@@ -283,7 +283,11 @@ def test_a_file_that_was_damaged_later_is_named(source: Source, tmp_path: Path) 
         fetch(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"no sums", gzip.compress(b"abc123  matrix.gctx.gz\n"), b" ", b"\x1f\x8bbroken"])
+@pytest.mark.parametrize(
+    "content",
+    [b"no sums", gzip.compress(b"abc123  matrix.gctx.gz\n"), b" ", b"\x1f\x8bbroken"],
+    ids=["text", "gzip", "blank", "broken gzip"],  # what gzip writes holds the time of day
+)
 def test_a_checksum_list_that_is_none(source: Source, server: Server, tmp_path: Path, content: bytes) -> None:
     server.files[SUMS] = content
     with pytest.raises(DataError, match=r"SHA512SUMS.txt.gz \(from http.*\) is no list of SHA-512 sums .*: delete it"):

@@ -170,6 +170,12 @@ def test_drawing_anew_reaches_every_parameter_and_follows_the_seed(name: str, ob
         assert bool((first == draws[2][n]).all()) is n.endswith(CONSTANT), n
 
 
+def test_a_model_is_built_with_its_initial_values() -> None:
+    (gaussian,), (counts,) = make("vae")[0].likelihoods, make("vae", "negative-binomial")[0].likelihoods
+    torch.testing.assert_close(gaussian.scale, 1.05 * gaussian.spread, rtol=1e-4, atol=1e-4)  # type: ignore[operator]
+    assert (counts.raw_dispersion == 1).all()
+
+
 def test_building_draws_from_torch_s_generator() -> None:
     first, second = make("structured_environment_vae")[0], make("structured_environment_vae")[0]
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
@@ -245,7 +251,8 @@ def test_pyro_s_own_svi_trains_it(name: str, observation: str) -> None:
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss)
     losses = [svi.step(batch) for _ in range(40)]
     assert all(math.isfinite(v) for v in losses)
-    assert sum(losses[-5:]) / 5 < 0.9 * losses[0]
+    share = 0.9 if observation == "gaussian" else 0.97  # counts are mostly noise that no model explains
+    assert sum(losses[-5:]) / 5 < share * losses[0]
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
@@ -304,7 +311,7 @@ def test_an_autoencoder_s_loss_is_its_reconstruction() -> None:
 @pytest.mark.parametrize("name", ["vae", "structured_environment_vae", "structured_translation_vae"])
 def test_the_loss_is_that_of_the_sampled_bound_on_average(name: str) -> None:
     model, guide, batch = make(name)
-    n = 400
+    n = 250
     with torch.no_grad():
         ours = torch.tensor([Objective().loss(model, guide, batch) for _ in range(n)])
         theirs = torch.tensor([Trace_ELBO().loss(model, guide, batch) for _ in range(n)])
