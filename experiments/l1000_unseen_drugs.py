@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from experiments.launch import Results, data_folder, launch
 
+from experiments.launch import Results, data_folder, launch
 from pyro_scm import evaluation
 from pyro_scm.data import l1000, splits
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -47,7 +47,7 @@ class L1000:
         """Sizes of smoke, quick and paper."""
         if name == "smoke":
             return L1000(epochs=1, seeds=(0,), hidden=16, bits=64)
-        return L1000() if name == "quick" else L1000(epochs=300, seeds=tuple(range(10)))
+        return L1000() if name == "paper" else L1000(epochs=20)
 
 
 def read(config: L1000) -> EnvironmentDataset:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from experiments.launch import Results, data_folder, launch
 
+from experiments.launch import Results, data_folder, launch
 from pyro_scm import evaluation, infer, query, recipes
 from pyro_scm.data import splits
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -50,7 +50,7 @@ class Papalexi:
         """Sizes of smoke, quick and paper."""
         if name == "smoke":
             return Papalexi(folds=5, epochs=1, seeds=(0,), cells=1500, hidden=16)
-        return Papalexi() if name == "quick" else Papalexi(epochs=60, seeds=tuple(range(10)))
+        return Papalexi() if name == "paper" else Papalexi(epochs=10, cells=3000)
 
 
 def gene_sets(folder: Path, largest: int = 500) -> dict[str, set[str]]:

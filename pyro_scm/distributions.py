@@ -16,8 +16,8 @@ _SERIES_FROM = 8.0
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # A mean smaller than exp of this enters log p as x log(mu) alone.
 _LOG_TINY = -40.0
-# Share of positive counts below which they are worth picking out.
-_FEW = 0.7
+# Counts below this are looked up in tables.
+_TABLE = 256
 
 
 def normal(loc: Tensor, scale: Tensor) -> Independent:
@@ -143,31 +143,40 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
         if self._validate_args:
             self._validate_sample(value)
         log_mean, log_theta = self.log_mean, self.log_dispersion
-        theta = log_theta.exp()
-        constant = _remainder(theta)
-        value = value.expand(torch.broadcast_shapes(self.batch_shape, value.shape))
-        seen = _positive(value)
-        if seen is None:
-            return _log_prob(log_mean, log_theta, constant, value)
-        # most counts of a cell are 0, and log p(0) = -theta log(1 + mu / theta) is cheap
-        none = (-theta * softplus(log_mean - log_theta)).expand(value.shape)
-        given = (log_mean, log_theta, constant, value)
-        return torch.index_put(none, seen, _log_prob(*(v.expand(value.shape)[seen] for v in given)))
+        if log_theta.dim() == 1 and value.dim() > 1:
+            largest = _largest(value)
+            if largest is not None and largest < _TABLE and largest < value.numel() // (4 * value.shape[-1]):
+                return _small_counts(log_mean, log_theta, value, largest)
+        return _log_prob(log_mean, log_theta, _remainder(log_theta.exp()), value)
 
 
-def _positive(value: Tensor) -> tuple[Tensor, ...] | None:
-    """Where counts are not 0; None where that is not worth knowing, or cannot be known under `torch.func.vmap`."""
-    if value.dim() == 0:
-        return None
+def _largest(value: Tensor) -> int | None:
+    """The largest count; None where it cannot be known, under `torch.func.vmap`."""
     try:
-        seen = value.nonzero(as_tuple=True)
+        return int(value.max())
     except RuntimeError:
         return None
-    return seen if len(seen[0]) < _FEW * value.numel() else None
+
+
+def _small_counts(log_mean: Tensor, log_theta: Tensor, x: Tensor, largest: int) -> Tensor:
+    """log p of counts of 0 to `largest`, many cells with one theta a gene.
+
+    lgamma(x + theta) - lgamma(theta) - x log(theta) = sum over j < x of log1p(j / theta) is looked up in a table of
+    largest + 1 rows, and so is log x!: no log-gamma is evaluated for a cell.
+    """
+    theta = log_theta.exp()
+    steps = torch.arange(largest, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    table = torch.cat((torch.zeros_like(theta).unsqueeze(0), torch.log1p(steps / theta).cumsum(0)))
+    counts = torch.arange(largest + 1, dtype=torch.float64, device=x.device)
+    factorial = torch.lgamma(counts + 1).to(x.dtype)
+    index = x.long()
+    rising = torch.gather(table, 0, index.reshape(-1, index.shape[-1])).reshape(index.shape)
+    odds = softplus(log_mean - log_theta)
+    return rising - factorial[index] + x * log_mean - (x + theta) * odds
 
 
 def _log_prob(log_mean: Tensor, log_theta: Tensor, constant: Tensor, x: Tensor) -> Tensor:
-    """Log p(x) of any count; constant = R(theta)."""
+    """log p(x) of any count; constant = R(theta)."""
     kernel: Tensor = _Kernel.apply(*torch.broadcast_tensors(log_mean.clamp(min=_LOG_TINY), log_theta, x))
     # log x! - x log x + x - log(2 pi) / 2 + 1; the clamp is for 0 log 0 = 0
     factorial = _remainder(x + 1) + 0.5 * x.log1p() + x * torch.log1p(1 / x.clamp(min=1e-20))

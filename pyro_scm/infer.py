@@ -1,11 +1,10 @@
 """`fit`: stochastic variational inference of an ensemble."""
 
-import contextlib
 import io
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +151,7 @@ class _Trainer:
 
         shown = sys.stderr.isatty() if progress is None else progress
         bar = tqdm(total=self.settings.epochs, initial=self.epoch, unit="epoch", disable=not shown)
-        with bar, _quiet_validation():
+        with bar, pyro.validation_enabled(False):  # they ran in the first step, and each costs passes over the data
             while self.epoch < self.settings.epochs and not self._all_stopped():
                 self._one_epoch()
                 last = self.rows[-len(self.seeds) :]
@@ -484,14 +483,3 @@ def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
-
-
-@contextlib.contextmanager
-def _quiet_validation() -> Iterator[None]:
-    """Distribution checks off: they ran in the first step, and each costs passes over the data."""
-    before: Mapping[str, Any] = {"torch": torch.distributions.Distribution._validate_args}
-    with pyro.validation_enabled(False):
-        try:
-            yield
-        finally:
-            torch.distributions.Distribution.set_default_validate_args(before["torch"])

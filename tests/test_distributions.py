@@ -225,6 +225,9 @@ def test_many_parameters_at_once_give_what_each_gives_alone(rate: float) -> None
     separate = torch.autograd.grad(alone.sum(), (log_mean, log_theta))
     for found, expected in zip(torch.autograd.grad(together.sum(), (log_mean, log_theta)), separate, strict=True):
         torch.testing.assert_close(found, expected)
+    many = torch.poisson(torch.full((3, 4, 5), rate))
+    by_count = torch.func.vmap(lambda x: NegativeBinomial(log_mean[0], log_theta[0], validate_args=False).log_prob(x))
+    torch.testing.assert_close(by_count(many), NegativeBinomial(log_mean[0], log_theta[0]).log_prob(many))
     inside = torch.func.vmap(torch.func.grad(lambda a, b: log_prob(a, b).sum()))(log_mean, log_theta)
     torch.testing.assert_close(inside, separate[0])
 
@@ -268,3 +271,40 @@ def test_normal_is_diagonal_over_its_last_dimension() -> None:
     x = torch.randn(4, 3)
     expected = stats.norm(loc.numpy(), scale.numpy()).logpdf(x.numpy()).sum(-1)
     np.testing.assert_allclose(law.log_prob(x).numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("log_theta", [-6.0, -2.0, 2.0, 7.9])
+@pytest.mark.parametrize("log_mean", [-6.0, 0.0, 3.0])
+def test_many_small_counts_are_looked_up_and_lose_nothing(log_mean: float, log_theta: float) -> None:
+    cells, genes = 600, 12
+    torch.manual_seed(3)
+    lm = (log_mean + 0.3 * torch.randn(cells, genes)).requires_grad_()
+    lt = (log_theta + 0.1 * torch.randn(genes)).clamp(max=8).requires_grad_()
+    x = NegativeBinomial(lm, lt).sample().clamp(max=120)
+    assert float(x.max()) < x.numel() / (4 * genes)  # few enough for the table
+    fast = NegativeBinomial(lm, lt).log_prob(x)
+    # one theta a cell and gene takes the exact form
+    wide = [t.detach().double().expand(cells, genes).requires_grad_() for t in (lm, lt)]
+    slow = NegativeBinomial(*wide).log_prob(x.double())
+    assert torch.allclose(fast.double(), slow, rtol=1e-5, atol=2e-4)
+    by_mean, by_theta = torch.autograd.grad(fast.sum(), (lm, lt))
+    exact_mean, exact_theta = torch.autograd.grad(slow.sum(), wide)
+    assert torch.allclose(by_mean.double(), exact_mean, rtol=1e-5, atol=2e-5)
+    assert torch.allclose(by_theta.double(), exact_theta.sum(0), rtol=1e-3, atol=2e-2)
+
+
+def test_tables_are_the_same_for_members_of_an_ensemble_and_for_draws() -> None:
+    torch.manual_seed(4)
+    lm, lt = torch.randn(3, 200, 5), torch.randn(3, 5)
+    x = torch.poisson(torch.full((200, 5), 2.0))
+
+    def log_prob(a: Tensor, b: Tensor) -> Tensor:
+        return NegativeBinomial(a, b, validate_args=False).log_prob(x)
+
+    together = torch.func.vmap(log_prob)(lm, lt)
+    alone = torch.stack([log_prob(a, b) for a, b in zip(lm, lt, strict=True)])
+    assert torch.allclose(together, alone, atol=1e-6)
+    draws = NegativeBinomial(lm, lt[0]).log_prob(x)
+    assert torch.allclose(draws[0], alone[0], atol=1e-6)
+    batched = torch.func.vmap(lambda a, b, c: NegativeBinomial(a, b, validate_args=False).log_prob(c))
+    assert torch.allclose(batched(lm, lt, x.expand(3, -1, -1)), alone, atol=1e-4)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pyro_scm.batch import Batch
 from pyro_scm.data.dataset import EnvironmentDataset
-from pyro_scm.ensemble import Ensemble, System, stack_initial
+from pyro_scm.ensemble import Ensemble, System, _Noise, stack_initial
 from pyro_scm.errors import ModelError
+from pyro_scm.handlers import reparametrised
 from pyro_scm.infer import fit
 from pyro_scm.nn import MaskedMLP
 from pyro_scm.objectives import Adversary, Objective, Penalty, World
@@ -207,8 +208,6 @@ def test_transforms_of_normal_sites_are_drawn_from_their_own_noise_too() -> None
         "flat": (2, 2), "rate": (2, 2), "share": (2, 3), "size": (2, 5)
     }  # fmt: skip
     many.load_member(1)
-    from pyro_scm.ensemble import _Noise
-
     world = system.objective.world(
         system.model.forward, system.guide.forward, batch, [_Noise({n: v[1] for n, v in noise.items()})]
     )
@@ -225,6 +224,17 @@ def test_transforms_of_normal_sites_are_drawn_from_their_own_noise_too() -> None
     first = many.losses(batch, [noise])["loss"]
     torch.manual_seed(1)
     assert torch.equal(first, many.losses(batch, [noise])["loss"])  # nothing is left to torch's own generator
+
+
+def test_transforms_of_transforms_are_applied_from_the_inside_out() -> None:
+    affine = torch.distributions.AffineTransform(1.0, 2.0)
+    nested = dist.TransformedDistribution(dist.LogNormal(torch.tensor([0.5]), 0.5), [affine]).to_event(1)
+    law, transforms = reparametrised(nested)
+    assert float(law.loc) == 0.5
+    value = torch.tensor(0.3)
+    for transform in transforms:
+        value = transform(value)
+    assert float(value) == pytest.approx(1 + 2 * math.exp(0.3))
 
 
 def test_a_site_that_is_no_normal_draws_for_itself() -> None:

@@ -157,7 +157,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def recorded(self: Ensemble, batch: Any, noise: Any, kl_weight: Any = None, **options: Any) -> dict[str, Tensor]:
         temperatures = [float(b) for n, b in self.system.named_buffers() if n.endswith("temperature")]
-        made.append({"weight": kl_weight, "temperatures": temperatures, "cells": len(batch)})
+        made.append({"weight": kl_weight, "temperatures": temperatures, "cells": len(batch), "particles": len(noise)})
         return losses(self, batch, noise, 1.0 if kl_weight is None else kl_weight, **options)
 
     monkeypatch.setattr(Ensemble, "losses", recorded)
@@ -226,6 +226,32 @@ def test_the_learning_rate_reaches_the_optimiser() -> None:
         fit(model, guide, cells(), epochs=1, batch_size=100, lr=lr, fresh=False, progress=False)
         steps[lr] = max(float((p - before[name]).abs().max().detach()) for name, p in model.named_parameters())
         assert steps[lr] == pytest.approx(lr, rel=1e-2)  # Adam's first step is the learning rate
+
+
+def test_the_schedule_reaches_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *args: Any) -> Any:
+        rates.extend(group["lr"] for group in self.param_groups)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    run = train("vae", epochs=3, batch_size=100, lr=0.2, schedule="cosine")
+    assert rates == pytest.approx(list(run.history["lr"]))
+    assert rates == pytest.approx([0.2, 0.15, 0.05])
+
+
+def test_each_particle_has_noise_of_its_own(calls: list[dict[str, Any]]) -> None:
+    run = train("vae", epochs=1, batch_size=100, objective=Objective(particles=3), lr=1e-12, kl_warmup=0.0)
+    assert [call["particles"] for call in calls] == [3]
+    model, guide = run.member(0)
+    generator = torch.Generator().manual_seed(0)
+    noise = [{"z": torch.randn((100, 3), generator=generator)} for _ in range(3)]
+    order = np.random.default_rng(0).permutation(100)
+    with torch.no_grad():
+        expected = System(model, guide, Objective())(cells().batch(order), noise)
+    assert run.history["loss"].iloc[0] == pytest.approx(float(expected["loss"]), rel=1e-5)
 
 
 def test_weights_decay() -> None:
@@ -372,6 +398,7 @@ def test_the_validation_loss_is_the_bound_of_the_held_out_cells_with_the_same_no
     noise = torch.randn((25, 3), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = System(model, guide, Objective())(held.batch(), [{"z": noise}])
+    assert run.schema.cells == 75
     assert values["validation_loss"][2, 0] == pytest.approx(float(expected["loss"]), rel=1e-5)
     assert values["validation_kl"][2, 0] == pytest.approx(float(expected["kl"]), rel=1e-5)
 
@@ -530,13 +557,16 @@ def test_data_too_large_for_the_device_are_fed_batch_by_batch_with_the_same_resu
     np.testing.assert_allclose(fed.history[columns], resident.history[columns], rtol=1e-9)
 
 
-def test_both_ways_feed_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [30, 3])  # more cells in a batch than there are environments, and fewer
+def test_both_ways_feed_the_same_cells(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     data, order = cells("negative-binomial"), np.random.default_rng(0).permutation(100)
     monkeypatch.setattr(infer, "_RESIDENT_BYTES", 0)
-    fed = list(_Feeder(data, torch.device("cpu")).batches(30, order))
+    fed = list(_Feeder(data, torch.device("cpu")).batches(size, order))
     monkeypatch.undo()
-    resident = list(_Feeder(data, torch.device("cpu")).batches(30, order))
-    assert [len(batch) for batch in resident] == [30, 30, 30, 10]
+    resident = list(_Feeder(data, torch.device("cpu")).batches(size, order))
+    assert [len(batch) for batch in resident] == [size] * (100 // size) + [100 % size]
+    assert all(len(batch.r) <= max(size, 4) for batch in resident)
+    assert min(len(batch.r) for batch in resident) == (4 if size == 30 else 1)
     for a, b in zip(fed, resident, strict=True):
         assert a.x is not None
         assert a.size is not None

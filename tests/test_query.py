@@ -17,7 +17,6 @@ from guides import amortise
 from pyro_scm import query
 from pyro_scm.batch import Batch
 from pyro_scm.data import synthetic
-from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError, InterventionError, ModelError
 from pyro_scm.infer import fit
 from pyro_scm.model import LatentModel

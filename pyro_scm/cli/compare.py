@@ -26,8 +26,6 @@ from pyro_scm.cli.runs import absolute, recipe
 from pyro_scm.errors import DataError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from pyro_scm.data.dataset import EnvironmentDataset
     from pyro_scm.data.splits import Split
     from pyro_scm.evaluation import Comparison
@@ -213,7 +211,7 @@ def _split(args: Namespace, cells: "EnvironmentDataset") -> "Split":
 
 def show(comparison: "Comparison", args: Namespace) -> None:
     """Print the scores, and how the models stand to the best baseline."""
-    print(_table(comparison.summary()).to_string())
+    print(comparison.brief(SHOWN).to_string())
     for note in comparison.config.get("notes", ()):
         remark(args, f"note: {note}")
     verdict = comparison.verdict()
@@ -226,17 +224,3 @@ def show(comparison: "Comparison", args: Namespace) -> None:
             f"{row['model']} against {row['baseline']}, {row['metric']}: {row['difference']:+.3f}{interval} over "
             f"{row['environments']} environments: {row['verdict']}",
         )
-
-
-def _table(summary: "pd.DataFrame") -> "pd.DataFrame":
-    """Scores as texts, with their spread over seeds."""
-    import pandas as pd
-
-    table = summary[["kind", "seeds"]].copy()
-    for metric in (m for m in SHOWN if m in summary):
-        spread = summary[f"{metric}_sd"]
-        table[metric] = [
-            "-" if pd.isna(value) else f"{value:.3f}" + ("" if pd.isna(sd) else f" ± {sd:.3f}")
-            for value, sd in zip(summary[metric], spread, strict=True)
-        ]
-    return table

@@ -1,7 +1,7 @@
 """`pyro-scm evaluate`: a fitted run beside baselines."""
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from pyro_scm.cli.compare import show
 from pyro_scm.cli.inputs import environments, labels
@@ -9,11 +9,6 @@ from pyro_scm.cli.outputs import claim, remark, write_csv
 from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, natural, path
 from pyro_scm.cli.runs import add_run_options, cells_for, load_run
 from pyro_scm.errors import DataError, listing
-
-if TYPE_CHECKING:
-    from pyro_scm.data.splits import Split
-    from pyro_scm.evaluation import Comparison
-    from pyro_scm.run import Run
 
 __all__ = ["add"]
 
@@ -24,7 +19,8 @@ The environments are those that the run held out, or those named. Scored is the 
 cells: delta_pearson (correlation over genes, best 1), delta_r2 (share of the change explained, best 1, below 0 is worse
 than predicting no change), rmse (in the data's units, log-normalised where these are counts, best 0); *_deg over the
 most differential genes; rank (best 0, chance 0.5); nll (nats per cell, lower is better). Each is a mean over the
-environments; ± is the standard deviation over the members of the ensemble.
+environments; ± is the standard deviation over the members of the ensemble. Half of the control cells are kept for
+scoring; the run has seen them in its training, which `pyro-scm compare` avoids.
 """
 
 EXAMPLES = """\
@@ -69,6 +65,7 @@ def add(verbs: Verbs) -> None:
 def run(args: Namespace) -> None:
     """Score and print."""
     out = claim(args.out, ".csv") if args.out is not None else None
+    from pyro_scm import evaluation
     from pyro_scm.data import splits
 
     fitted, memory = load_run(args.folder, args.model)
@@ -78,7 +75,7 @@ def run(args: Namespace) -> None:
         raise UsageError(f"{args.folder}: this run held nothing out: name environments to score with --hold-out ENV")
     try:
         split = splits.by_environment(cells, held_out=environments(cells, asked))
-        comparison = assess(fitted, split, memory.model or "run", args.degs)
+        comparison = evaluation.evaluate({Path(memory.model or "run").name: fitted}, split, degs=args.degs)
     except DataError as error:
         raise DataError(f"{args.data}: {error}") from error
     if out is not None:
@@ -90,28 +87,3 @@ def run(args: Namespace) -> None:
         remark(args, f"note: the run was fitted to cells of {listing(seen)}: these scores say nothing of unseen ones")
     if out is not None:
         remark(args, f"scores saved in {out}")
-
-
-def assess(fitted: "Run", split: "Split", name: str, degs: int) -> "Comparison":
-    """The scores that `evaluation.compare` gives, of a run that is fitted already.
-
-    Args:
-        fitted: the run.
-        split: its held-out cells, and the others.
-        name: of the run in the table.
-        degs: differential genes of each environment.
-
-    Raises:
-        DataError: nothing to score, or no reference cells.
-    """
-    import pandas as pd
-
-    from pyro_scm import evaluation
-    from pyro_scm.baselines import controls
-
-    baselines = evaluation.compare(split, (), degs=degs)
-    task = evaluation._task(split, degs, seed=0)
-    before = controls(task.train, task.environments, task.train.schema.summary.depth)
-    rows = [(name, "model", *found) for found in evaluation._model_scores(fitted, task, before, cells=500, seed=0)]
-    scores = pd.concat([baselines.scores, pd.DataFrame(rows, columns=list(baselines.scores))], ignore_index=True)
-    return evaluation.Comparison(scores, {name: fitted}, baselines.degs, baselines.config)
