@@ -16,8 +16,9 @@ _SERIES_FROM = 8.0
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # A mean smaller than exp of this enters log p as x log(mu) alone.
 _LOG_TINY = -40.0
-# Counts below this are looked up in tables.
+# Counts below this are looked up in tables, where there are cells enough to share them.
 _TABLE = 256
+_ENOUGH = 64
 
 
 def normal(loc: Tensor, scale: Tensor) -> Independent:
@@ -143,31 +144,38 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
         if self._validate_args:
             self._validate_sample(value)
         log_mean, log_theta = self.log_mean, self.log_dispersion
-        if log_theta.dim() == 1 and value.dim() > 1:
-            largest = _largest(value)
-            if largest is not None and largest < _TABLE and largest < value.numel() // (4 * value.shape[-1]):
-                return _small_counts(log_mean, log_theta, value, largest)
-        return _log_prob(log_mean, log_theta, _remainder(log_theta.exp()), value)
+        constant = _remainder(log_theta.exp())
+        by_gene = log_theta.dim() == 1 and value.dim() > 1 and value.shape[-1] == log_theta.shape[0]
+        large = _large(value) if by_gene and len(value) >= _ENOUGH else None
+        if large is None:
+            return _log_prob(log_mean, log_theta, constant, value)
+        found = _small_counts(log_mean, log_theta, value.clamp(max=_TABLE - 1))
+        if not len(large[0]):
+            return found
+        lead = (slice(None),) * (found.dim() - value.dim())  # draws, if any, come before the cells
+        given = (v.expand(found.shape)[(*lead, *large)] for v in (log_mean, log_theta, constant, value))
+        place = (torch.zeros_like(value, dtype=torch.bool).index_put(large, torch.tensor(True))).expand(found.shape)
+        return found.masked_scatter(place, _log_prob(*given))
 
 
-def _largest(value: Tensor) -> int | None:
-    """The largest count; None where it cannot be known, under `torch.func.vmap`."""
+def _large(value: Tensor) -> tuple[Tensor, ...] | None:
+    """Where counts are beyond the tables; None where that cannot be known, under `torch.func.vmap`."""
     try:
-        return int(value.max())
+        return (value >= _TABLE).nonzero(as_tuple=True)
     except RuntimeError:
         return None
 
 
-def _small_counts(log_mean: Tensor, log_theta: Tensor, x: Tensor, largest: int) -> Tensor:
-    """log p of counts of 0 to `largest`, many cells with one theta a gene.
+def _small_counts(log_mean: Tensor, log_theta: Tensor, x: Tensor) -> Tensor:
+    """log p of counts below `_TABLE`, many cells with one theta a gene.
 
-    lgamma(x + theta) - lgamma(theta) - x log(theta) = sum over j < x of log1p(j / theta) is looked up in a table of
-    largest + 1 rows, and so is log x!: no log-gamma is evaluated for a cell.
+    lgamma(x + theta) - lgamma(theta) - x log(theta) = sum over j < x of log1p(j / theta) is looked up in a table of a
+    row a count, and so is log x!: no log-gamma is evaluated for a cell.
     """
     theta = log_theta.exp()
-    steps = torch.arange(largest, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    steps = torch.arange(_TABLE - 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
     table = torch.cat((torch.zeros_like(theta).unsqueeze(0), torch.log1p(steps / theta).cumsum(0)))
-    counts = torch.arange(largest + 1, dtype=torch.float64, device=x.device)
+    counts = torch.arange(_TABLE, dtype=torch.float64, device=x.device)
     factorial = torch.lgamma(counts + 1).to(x.dtype)
     index = x.long()
     rising = torch.gather(table, 0, index.reshape(-1, index.shape[-1])).reshape(index.shape)

@@ -151,7 +151,7 @@ class _Trainer:
 
         shown = sys.stderr.isatty() if progress is None else progress
         bar = tqdm(total=self.settings.epochs, initial=self.epoch, unit="epoch", disable=not shown)
-        with bar, pyro.validation_enabled(False):  # they ran in the first step, and each costs passes over the data
+        with bar, pyro.validation_enabled(False):  # checks ran in the first evaluation; each costs passes over the data
             while self.epoch < self.settings.epochs and not self._all_stopped():
                 self._one_epoch()
                 last = self.rows[-len(self.seeds) :]
