@@ -145,17 +145,16 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
             self._validate_sample(value)
         log_mean, log_theta = self.log_mean, self.log_dispersion
         constant = _remainder(log_theta.exp())
+        value = value.expand(torch.broadcast_shapes(self.batch_shape, value.shape))
         by_gene = log_theta.dim() == 1 and value.dim() > 1 and value.shape[-1] == log_theta.shape[0]
-        large = _large(value) if by_gene and len(value) >= _ENOUGH else None
+        large = _large(value) if by_gene and value.shape[-2] >= _ENOUGH else None
         if large is None:
             return _log_prob(log_mean, log_theta, constant, value)
         found = _small_counts(log_mean, log_theta, value.clamp(max=_TABLE - 1))
         if not len(large[0]):
             return found
-        lead = (slice(None),) * (found.dim() - value.dim())  # draws, if any, come before the cells
-        given = (v.expand(found.shape)[(*lead, *large)] for v in (log_mean, log_theta, constant, value))
-        place = (torch.zeros_like(value, dtype=torch.bool).index_put(large, torch.tensor(True))).expand(found.shape)
-        return found.masked_scatter(place, _log_prob(*given))
+        given = (v.expand(found.shape)[large] for v in (log_mean, log_theta, constant, value))
+        return torch.index_put(found, large, _log_prob(*given))
 
 
 def _large(value: Tensor) -> tuple[Tensor, ...] | None:

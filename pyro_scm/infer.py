@@ -69,7 +69,8 @@ def fit(
         seeds: of the members.
         objective: `Objective()` by default, the evidence lower bound.
         validation: cells that are not trained on, for example those of held-out environments; each member then keeps
-            the parameters of the epoch at which its validation loss, averaged over 5 epochs, was lowest.
+            the parameters of the epoch at which its validation loss, averaged over 5 epochs, was lowest (of the last
+            epoch where the temperature is annealed, which all members share).
         epochs: passes over the cells.
         batch_size: cells a step.
         lr: of Adam.
@@ -239,12 +240,16 @@ class _Trainer:
             recent = self.rows[-k * _AVERAGED_EPOCHS :]
             losses = np.array([r["validation_loss"] for r in recent]).reshape(-1, k).mean(0)
             better = (losses < self.best) & ~self._done(self.epoch - 1)
-            if self._kl_weight(self.epoch) < 1:  # while the KL warms up the best is yet to come
+            if self._kl_weight(self.epoch) < 1 or self._anneals():  # the best is yet to come
                 better[:] = True
         for name, p in self.ensemble.parameters.items():
             self.kept[name][torch.as_tensor(better, device=p.device)] = p.detach()[torch.as_tensor(better)]
         self.best[better] = losses[better]
         self.stopped[better] = self.epoch
+
+    def _anneals(self) -> bool:
+        """Whether the temperature changes: one that all members share cannot go back to an epoch for each of them."""
+        return self.settings.temperature is not None and len(set(self.settings.temperature)) > 1
 
     def _done(self, epoch: int) -> NDArray[np.bool_]:
         """Members whose patience was at its end after an epoch."""

@@ -235,7 +235,7 @@ def counterfactual(
         environment: name of an environment to put the cells in.
         noise: site -> new distribution of that node's noise, which is then drawn anew.
         draws: S samples of each cell's posterior; None for its mean.
-        sample: draw x instead of giving its expectation given c.
+        sample: draw x instead of giving its expectation given c, with the same random numbers in both worlds.
         seed: of the draws.
 
     Raises:
@@ -273,7 +273,8 @@ def _worlds(
 ) -> dict[str, NDArray[np.float32]]:
     """Arrays ``[S, n, ...]`` of both worlds."""
     latents = abduct(guide, batch, draws)
-    factual = _run(poutine.condition(model, data=latents), batch, draws)
+    shared = int(torch.randint(2**31, ())) if sample else None  # x is drawn with the same noise in both worlds
+    factual = _run(poutine.condition(model, data=latents), batch, draws, shared)
     world = batch
     if act.place is None:
         program = poutine.condition(model, data=latents)
@@ -285,7 +286,7 @@ def _worlds(
         program = NoiseIntervention(_components(model, act.noise))(program)
     if act.do:
         program = Do(dict(act.do))(program)
-    asked = _run(program, world, draws)
+    asked = _run(program, world, draws, shared)
     return {
         "z": _numpy(factual.nodes[Z]["value"], draws),
         "factual_c": _numpy(factual.nodes[C]["value"], draws),
@@ -366,10 +367,13 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _run(program: Any, batch: Batch, draws: int | None) -> Any:
-    """Trace of the program in a world where nothing is measured."""
+def _run(program: Any, batch: Batch, draws: int | None, seed: int | None) -> Any:
+    """Trace of the program; without a seed nothing is drawn that the data have, and only the law of x is of use."""
+    if seed is not None:
+        torch.manual_seed(seed)
+        batch = batch.unobserved()
     with _plate(draws):
-        return poutine.trace(program).get_trace(batch.unobserved())
+        return poutine.trace(program).get_trace(batch)
 
 
 def _plate(draws: int | None) -> Any:

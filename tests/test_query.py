@@ -768,3 +768,14 @@ def test_transport_gives_the_counterfactual_of_each_environment() -> None:
         worlds = counterfactual(run, data, environment=name)
         close(trace.nodes["c"]["value"], worlds.c[0, 0])
         close(trace.nodes["x"]["fn"].mean, worlds.x[0, 0])
+
+
+def test_drawn_expression_shares_its_noise_between_worlds() -> None:
+    adata = synthetic.simulate(latent=2, genes=6, environments=3, cells=20, noise=0.7)
+    screen = synthetic.dataset(adata)
+    truth = synthetic.known(adata, screen)
+    same = counterfactual(truth, screen, sample=True, draws=3)
+    assert np.array_equal(same.x, same.factual_x)
+    assert not np.allclose(same.x[0, 0], same.x[0, 1])
+    expected = counterfactual(truth, screen, draws=1)
+    assert np.std(same.x - expected.factual_x) == pytest.approx(0.7, rel=0.1)

@@ -368,6 +368,20 @@ class EnvironmentDataset:
                 raise DataError(f"no environment {str(name)!r}: did you mean one of {listing(near)}?")
         return np.array([known[str(n)] for n in names], dtype=np.int64)
 
+    def same_compounds(self) -> pd.DataFrame:
+        """Perturbations that are one compound under several names or as several salts.
+
+        Returns:
+            See `pyro_scm.data.chemistry.same_compound`; no rows where there are none, or no SMILES.
+
+        Raises:
+            DataError: a SMILES that is no molecule.
+        """
+        from pyro_scm.data.chemistry import same_compound
+
+        drugs = self.environments.dropna(subset=["smiles"]).drop_duplicates("perturbation")
+        return same_compound([str(s) for s in drugs["smiles"]], [str(p) for p in drugs["perturbation"]])
+
     def with_representation(self, kind: Representation, **options: Any) -> "EnvironmentDataset":
         """The same cells with another representation of their environments; see `represent`."""
         r, features = represent(self.environments, kind, **options)

@@ -668,3 +668,21 @@ def test_blood_cells_with_surface_proteins(data_folder: Path) -> None:
     assert cells.y is not None
     assert (cells.y == np.round(cells.y)).all()
     assert "CD3" in cells.proteins
+
+
+def test_salts_and_synonyms_are_noted() -> None:
+    adata = anndata.AnnData(
+        X=np.arange(10.0).reshape(5, 2) + 0.5,
+        obs=pd.DataFrame(
+            {
+                "drug": ["DMSO", "acetate", "acetic acid", "vinegar", "ethanol"],
+                "smiles": [None, "CC(=O)[O-].[Na+]", "CC(=O)O", "OC(C)=O", "CCO"],
+            },
+            index=list("abcde"),
+        ),
+    )
+    cells = EnvironmentDataset.from_anndata(adata, environment="drug", control="DMSO", smiles="smiles")
+    noted = cells.same_compounds().set_index("name")["identical"]
+    assert noted.to_dict() == {"acetate": False, "acetic acid": True, "vinegar": True}
+    without = EnvironmentDataset.from_anndata(adata, environment="drug", control="DMSO")
+    assert without.same_compounds().empty
