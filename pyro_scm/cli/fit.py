@@ -2,7 +2,7 @@
 
 import argparse
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -169,7 +169,7 @@ def run(args: Namespace) -> None:
     train, validation, test = parts(args.data, cells, memory)
     model, guide = make(memory.model, train.schema, memory.options)
     replace(memory, data=replace(memory.data, counts=cells.counts)).save(out)
-    for line in _described(train, validation, test):
+    for line in (*_described(train, validation, test), *_salts(cells)):
         remark(args, line)
     fitted = pyro_scm.fit(
         model,
@@ -183,6 +183,13 @@ def run(args: Namespace) -> None:
         **memory.training,
     )
     _report(fitted.to("cpu"), test, args)
+
+
+def _salts(cells: "EnvironmentDataset") -> Iterator[str]:
+    """A line for each compound that goes by several names or salts."""
+    for _, drugs in cells.same_compounds().groupby("parent"):
+        kind = "one compound" if drugs["identical"].all() else "salts of one compound"
+        yield f"note: {', '.join(sorted(set(drugs['name'])))} are {kind}"
 
 
 def _planned(args: Namespace, out: Path) -> Memory:

@@ -422,3 +422,15 @@ def test_models_of_the_users_own_that_fail(fails: Fails, screen: Path, tmp_path:
     assert "no such file" in fails(*words, tmp_path / "none.py")
     source.write_text("def build(:\n")
     assert "SyntaxError" in fails(*words, f"{source}:build")
+
+
+def test_fit_notes_salts_and_synonyms(works: Works, tmp_path: Path) -> None:
+    drugs = {"DMSO": None, "acetate": "CC(=O)[O-].[Na+]", "acid": "CC(=O)O", "one": "CCO", "two": "OCC"}
+    names = [name for name in drugs for _ in range(6)]
+    obs = pd.DataFrame({"drug": names, "smiles": [drugs[n] or "" for n in names]}, index=[f"c{i}" for i in range(30)])
+    adata = anndata.AnnData(X=np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32), obs=obs)
+    adata.write_h5ad(tmp_path / "salts.h5ad")
+    words = ("--environment", "drug", "--control", "DMSO", "--representation", "morgan:smiles", *SMALL)
+    said = works("fit", tmp_path / "salts.h5ad", "--model", "vae", *words, "--out", tmp_path / "run")
+    assert "note: acetate, acid are salts of one compound" in said
+    assert "note: one, two are one compound" in said
