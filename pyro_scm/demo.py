@@ -14,6 +14,7 @@ from pyro_scm.data import splits, synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.report import Report
 from pyro_scm.run import Run
+from pyro_scm.threads import few_threads
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -54,7 +55,11 @@ def demo(
     Returns:
         path of the HTML report.
     """
-    out = Path(out)
+    with few_threads():  # a small screen
+        return _demo(Path(out), quick, seeds, progress, say)
+
+
+def _demo(out: Path, quick: bool, seeds: Sequence[int], progress: bool | None, say: Callable[[str], None]) -> Path:
     started = time.perf_counter()
     screen = synthetic.Screen(
         latent=5,

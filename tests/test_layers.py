@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # everything that it imports; if that is too far up for what it is, it imports too much.
 LAYERS = (
     # words
-    "errors sites",
+    "errors sites threads",
     "nn batch distributions graphs",
     # the parts of a model
     "handlers",

@@ -235,9 +235,8 @@ def _resumed(args: Namespace, out: Path) -> Memory:
     given = DataOptions.given(args)
     names = [f.name for f in fields(DataOptions) if getattr(args, f.name) is not None]
     changed += [name for name in names if getattr(given, name) != getattr(memory.data, name)]
-    if any((args.latent, args.hidden is not None, args.likelihood, args.option)):
-        wanted = _options(args, args.model or memory.model)
-        changed += [name for name, value in wanted.items() if memory.options.get(name) != value]
+    wanted = _options(args, args.model or memory.model)
+    changed += [name for name, value in wanted.items() if memory.options.get(name) != value]
     now = {name: getattr(args, name) for name in TRAINING} | dict(args.training or ())
     changed += [n for n, v in now.items() if v is not None and n != "epochs" and memory.training.get(n) != v]
     if changed:

@@ -351,6 +351,11 @@ def test_files_that_carry_their_own_table(works: Works, fails: Fails, drug_scree
     fitted, found = asked(tmp_path / "run", tmp_path / "new.h5ad")
     assert np.array_equal(found.representation[found.env], new.representation[new.env])
     assert "naproxen" in fitted.environments.table.index
+    other_kind = ("--representation", "morgan", "--bits", "8")
+    works("fit", tmp_path / "some.h5ad", "--model", "vae", *other_kind, *SMALL, "--out", tmp_path / "anew")
+    fitted, found = asked(tmp_path / "anew", tmp_path / "new.h5ad")
+    e = fitted.environments.index("naproxen")
+    assert np.array_equal(found.representation[e], morgan([NAPROXEN], bits=8)[0])
     words = ("fit", tmp_path / "some.h5ad", "--model", "vae", "--control", "DMSO", "--out", tmp_path / "other")
     assert "--control without --environment: this file carries its own table" in fails(*words)
     words = ("predict", tmp_path / "run", "--environment", "new", "--smiles", NAPROXEN, "--out", tmp_path / "p.h5ad")

@@ -52,6 +52,7 @@ def test_models_explains_one_with_the_defaults_of_all_its_options(works: Works) 
     assert shown["schedule"] == "constant"
     assert shown["patience"] == "none"
     assert "epochs" not in shown  # has a flag of its own
+    assert "The guide reads x, e and is of the family 'normal'." in text
 
 
 # ---------------------------------------------------------------------- simulate
