@@ -77,7 +77,7 @@ class _Encoder(nn.Module):
         x, conditions = self._expression(batch), self._conditions(batch)
         given = (x, torch.cat(conditions, -1)) if self.film else (torch.cat([x, *conditions], -1),)
         out: Tensor = self.net(*given)
-        return out
+        return out.to(self.mean.dtype)  # under autocast networks run in bfloat16, densities never do
 
 
 class GaussianEncoder(_Encoder):

@@ -130,7 +130,7 @@ def _do_query(run: Run, adata: "AnnData", cells: EnvironmentDataset) -> dict[str
         "true": true["effect"].to_numpy(),
         "learnt": answer["effect"].to_numpy(),
         "sentence": (
-            f"do(c_{k} := c_{k} + {slope * step:.2f}), the learnt match of true latent {j} raised by two standard "
+            f"do(c_{k} := c_{k} {slope * step:+.2f}), the learnt match of true latent {j} raised by two standard "
             f"deviations: average effect on {len(true)} genes correlates {correlation:.3f} with the true effect."
         ),
     }

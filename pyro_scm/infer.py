@@ -32,6 +32,7 @@ _RESIDENT_BYTES = 2 << 30
 _AVERAGED_EPOCHS = 5  # the loss with analytic KL is noisy near its optimum: early stopping looks at an average
 _VALIDATION_SEED = 0
 _SCHEDULES = ("constant", "cosine")
+_PRECISIONS = ("float32", "bfloat16")
 
 
 def fit(
@@ -52,6 +53,7 @@ def fit(
     weight_decay: float = 0.0,
     patience: int | None = None,
     critic_steps: int = 1,
+    precision: str = "float32",
     fresh: bool = True,
     device: str | torch.device = "auto",
     checkpoint: str | Path | None = None,
@@ -83,6 +85,8 @@ def fit(
         weight_decay: decoupled (AdamW).
         patience: stop a member whose averaged validation loss has not fallen for so many epochs.
         critic_steps: steps of the adversaries' critics for each step of the model.
+        precision: ``"float32"``, or ``"bfloat16"``: networks run in bfloat16 (autocast), about twice as fast where they
+            are wide, while parameters, densities and sums stay in float32.
         fresh: draw initial parameters from the seeds; False starts every member from the present ones.
         device: ``"auto"`` takes a GPU where there is one.
         checkpoint: folder to save to during training and to resume from if it holds an unfinished run.
@@ -96,7 +100,17 @@ def fit(
         CheckpointError: a checkpoint of other settings.
     """
     settings = Settings(
-        epochs, batch_size, lr, schedule, kl_warmup, _interval(temperature), clip, weight_decay, patience, critic_steps
+        epochs,
+        batch_size,
+        lr,
+        schedule,
+        kl_warmup,
+        _interval(temperature),
+        clip,
+        weight_decay,
+        patience,
+        critic_steps,
+        precision,
     )
     _check(settings, cells, validation, seeds)
     where = _device(device)
@@ -196,7 +210,8 @@ class _Trainer:
 
     def _step(self, player: int, batch: Batch, weight: float) -> dict[str, Tensor]:
         noise = [self.ensemble.noise(batch) for _ in range(self.system.objective.num_particles)]
-        losses = self.ensemble.losses(batch, noise, weight, critics=player == 1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
+            losses = self.ensemble.losses(batch, noise, weight, critics=player == 1)
         parameters = self.players[player]
         total = losses["loss"].sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -475,6 +490,8 @@ def _check(
             )
     if settings.schedule not in _SCHEDULES:
         raise ModelError(f"unknown schedule {settings.schedule!r}: use one of {', '.join(_SCHEDULES)}")
+    if settings.precision not in _PRECISIONS:
+        raise ModelError(f"unknown precision {settings.precision!r}: use one of {', '.join(_PRECISIONS)}")
     for name in ("epochs", "batch_size", "lr", "critic_steps"):
         if not getattr(settings, name) > 0:
             raise ModelError(f"{name} = {getattr(settings, name)}: give a positive number")

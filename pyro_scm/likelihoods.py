@@ -47,7 +47,7 @@ class Likelihood(nn.Module):
             e = batch.e
             c = torch.cat((c, e.expand(*c.shape[:-1], e.shape[-1])), -1)
         out: Tensor = self.net(c)
-        return out
+        return out.to(self.centre.dtype)
 
     def distribution(self, c: Tensor, batch: Batch) -> Any:
         """p(x | c) of event shape (G,)."""

@@ -120,7 +120,7 @@ class EnvironmentPrior(nn.Module):
 
     def moments(self, r: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
         """mu_e and sigma_e of environments r ``(R, F)``: two tensors ``(R, d)``."""
-        out = self.net(r) * perturbed.unsqueeze(-1)
+        out = self.net(r).to(r.dtype) * perturbed.unsqueeze(-1)
         loc = self.sparsifier(out[..., : self.latent])
         if not self.scale:
             return loc, torch.ones_like(loc)

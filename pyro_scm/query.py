@@ -472,7 +472,12 @@ def effect(
 
 
 def sweep(
-    fitted: Fitted, cells: EnvironmentDataset, values: Sequence[float], nodes: Sequence[str] | None = None
+    fitted: Fitted,
+    cells: EnvironmentDataset,
+    values: Sequence[float],
+    nodes: Sequence[str] | None = None,
+    *,
+    expression: bool = True,
 ) -> dict[str, NDArray[np.float32]]:
     """do(c_j := v) for every node j and value v on the same cells, in one vectorised solution a member.
 
@@ -481,14 +486,15 @@ def sweep(
         cells: that were seen; their noise is the guide's mean.
         values: V numbers.
         nodes: J sites; all by default.
+        expression: also decode, which takes most of the time.
 
     Returns:
-        ``c`` ``[K, J, V, n, d]`` and ``x`` ``[K, J, V, G]``, the average over the cells of E[x | c].
+        ``c`` ``[K, J, V, n, d]`` and, with `expression`, ``x`` ``[K, J, V, G]``, the average over cells of E[x | c].
 
     Raises:
         InterventionError: no such node.
     """
-    solved: dict[str, list[NDArray[np.float32]]] = {"c": [], "x": []}
+    solved: dict[str, list[NDArray[np.float32]]] = {"c": [], "x": []} if expression else {"c": []}
     for member, guide in members(fitted):
         model: Any = member
         sites = list(model.sites)
@@ -499,14 +505,13 @@ def sweep(
             z = abduct(guide, batch)[Z]
             shift = model.shift(batch) if model.shift is not None else 0.0
             gain = model.regime(batch) if model.regime is not None else None
-            clamp = torch.full((len(chosen), len(values), 1, len(sites)), torch.nan, device=z.device)
-            for j, name in enumerate(chosen):
-                clamp[j, :, 0, sites.index(name)] = torch.as_tensor(values, dtype=clamp.dtype)
-            c = model.scm.solve((z + shift).expand(len(chosen), len(values), *z.shape), gain, clamp)
-            likelihood = model.likelihoods[0]
-            x = torch.stack([torch.stack([likelihood.mean(cv, batch).mean(0) for cv in cj]) for cj in c])
-        solved["c"].append(c.cpu().numpy())
-        solved["x"].append(x.cpu().numpy())
+            levels = torch.as_tensor(values, dtype=z.dtype, device=z.device)
+            c = model.scm.solve_each(z + shift, [sites.index(name) for name in chosen], levels, gain)
+            solved["c"].append(c.cpu().numpy())
+            if expression:
+                likelihood = model.likelihoods[0]
+                x = torch.stack([torch.stack([likelihood.mean(cv, batch).mean(0) for cv in cj]) for cj in c])
+                solved["x"].append(x.cpu().numpy())
     return {name: np.stack(parts) for name, parts in solved.items()}
 
 

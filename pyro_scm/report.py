@@ -18,8 +18,8 @@ __all__ = ["Report"]
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #d7dbe0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: 1rem 0; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e6e9ed; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; margin: 1rem 0; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e6e9ed; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #1b1f24; }
 .wide { overflow-x: auto; } img { max-width: 100%; height: auto; } figcaption { color: #57606a; font-size: .9rem; }
 figure { margin: 1.2rem 0; } code { background: #f3f4f6; padding: .1rem .3rem; border-radius: 3px; }

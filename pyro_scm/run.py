@@ -36,6 +36,7 @@ class Settings:
     weight_decay: float
     patience: int | None
     critic_steps: int
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ a mechanism change is another gain, a hard (perfect) intervention is g_j = 0, wh
 its own noise, and do(c_j = v) is g_j = 0 with Z_j := v.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import networkx as nx
@@ -75,6 +75,23 @@ class LatentSCM(nn.Module):
             z = torch.where(free, z, do.nan_to_num()).expand(shape)
             gain = free.to(z) if gain is None else gain * free
         return self._solve(z, gain)
+
+    def solve_each(self, z: Tensor, nodes: Sequence[int], values: Tensor, gain: Tensor | None = None) -> Tensor:
+        """do(c_j := v) for each of J nodes and V values, one at a time, on the same noise.
+
+        Args:
+            z: ``(n, d)``.
+            nodes: J positions in c.
+            values: ``(V,)``.
+            gain: see `solve`.
+
+        Returns:
+            c ``(J, V, n, d)``.
+        """
+        clamp = torch.full((len(nodes), len(values), 1, self.latent), torch.nan, dtype=z.dtype, device=z.device)
+        for row, j in zip(clamp, nodes, strict=True):
+            row[:, 0, j] = values
+        return self.solve(z.expand(len(nodes), len(values), *z.shape), gain, clamp)
 
     def forward(self, z: Tensor, gain: Tensor | None = None) -> Tensor:
         """The Pyro program: site ``c``, and ``c_<node>`` for each node that a handler names.
@@ -154,9 +171,25 @@ class LinearSCM(LatentSCM):
             columns = z.reshape(-1, self.latent).mT
             c = torch.linalg.solve_triangular(eye - a, columns, upper=False, unitriangular=True)
             return torch.as_tensor(c.mT.reshape(z.shape))
-        z = z.expand(torch.broadcast_shapes(z.shape, gain.shape if gain is not None else z.shape))
+        assert gain is not None
+        z = z.expand(torch.broadcast_shapes(z.shape, gain.shape))
+        if gain.shape[-2] == 1:  # likewise one system for all cells of each intervention
+            c = torch.linalg.solve_triangular((eye - a).squeeze(-3), z.mT, upper=False, unitriangular=True)
+            return torch.as_tensor(c.mT)
         c = torch.linalg.solve_triangular(eye - a, z.unsqueeze(-1), upper=False, unitriangular=True)
         return torch.as_tensor(c.squeeze(-1))
+
+    def solve_each(self, z: Tensor, nodes: Sequence[int], values: Tensor, gain: Tensor | None = None) -> Tensor:
+        """As `LatentSCM.solve_each`; without a gain, c + (v - c_j) times column j of (I - A)^-1."""
+        if gain is not None:
+            return super().solve_each(z, nodes, values, gain)
+        a = self.matrix
+        eye = torch.eye(self.latent, dtype=a.dtype, device=a.device)
+        effects = torch.linalg.solve_triangular(eye - a, eye, upper=False, unitriangular=True)
+        c = self._solve(z, None)
+        columns = effects[:, list(nodes)].mT[:, None, None, :]
+        step = values[None, :, None] - c[:, list(nodes)].mT[:, None, :]
+        return torch.addcmul(c, step.unsqueeze(-1), columns)
 
 
 class MechanismSCM(LatentSCM):

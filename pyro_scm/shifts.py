@@ -25,7 +25,7 @@ class EnvironmentShift(nn.Module):
 
     def moments(self, r: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and unit scale of environments r ``(R, F)``: two tensors ``(R, d)``, as `EnvironmentPrior.moments`."""
-        loc = self.sparsifier(self.net(r) * perturbed.unsqueeze(-1))
+        loc = self.sparsifier(self.net(r).to(r.dtype) * perturbed.unsqueeze(-1))
         return loc, torch.ones_like(loc)
 
     def forward(self, batch: Batch) -> Tensor:

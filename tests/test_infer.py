@@ -10,11 +10,14 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
+from guides import amortise
 from pyro_scm import infer
+from pyro_scm.data import synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.ensemble import Ensemble, System
 from pyro_scm.errors import CheckpointError, DataError, ModelError, TrainingError
 from pyro_scm.infer import _Feeder, _Trainer, fit
+from pyro_scm.models import environment_vae
 from pyro_scm.objectives import Adversary, Objective
 from pyro_scm.run import Run
 from tests.screens import cells, doubles, make, train
@@ -756,3 +759,19 @@ def test_a_folder_without_a_training_is_started_in(tmp_path: Path) -> None:
     assert len(run.history) == 1
     assert (tmp_path / "deep" / "folder" / "manifest.json").is_file()
     assert (tmp_path / "deep" / "folder" / "training" / "manifest.json").is_file()
+
+
+def test_bfloat16_changes_losses_by_less_than_their_noise() -> None:
+    adata = synthetic.simulate(latent=3, genes=40, environments=5, cells=60, seed=2)
+    screen = synthetic.dataset(adata)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        model = environment_vae(screen.schema, latent=3)
+        run = fit(model, amortise(model, screen), screen, seeds=(0, 1, 2), epochs=12, precision=precision)
+        assert all(p.dtype == torch.float32 for p in run.parameters.values())
+        losses[precision] = run.history.groupby("seed")["loss"].last().to_numpy()
+    spread = losses["float32"].std() + 0.01 * abs(losses["float32"].mean())
+    assert np.abs(losses["bfloat16"] - losses["float32"]).mean() < spread
+    assert not np.array_equal(losses["bfloat16"], losses["float32"])
+    with pytest.raises(ModelError, match=r"unknown precision 'half': use one of float32, bfloat16"):
+        fit(model, amortise(model, screen), screen, precision="half")

@@ -779,3 +779,15 @@ def test_drawn_expression_shares_its_noise_between_worlds() -> None:
     assert not np.allclose(same.x[0, 0], same.x[0, 1])
     expected = counterfactual(truth, screen, draws=1)
     assert np.std(same.x - expected.factual_x) == pytest.approx(0.7, rel=0.1)
+
+
+def test_a_sweep_of_a_wide_linear_scm_equals_the_loop_and_may_leave_expression_out() -> None:
+    adata = synthetic.simulate(latent=6, genes=5, environments=3, cells=7, graph="multi-growing", decoder="linear")
+    screen = synthetic.dataset(adata)
+    truth = synthetic.known(adata, screen)
+    found = sweep(truth, screen, [-1.0, 2.0], expression=False)
+    assert set(found) == {"c"}
+    for j, site in enumerate(truth[0].sites):
+        for v, value in enumerate((-1.0, 2.0)):
+            alone = counterfactual(truth, screen, do={site: value}).c[:, 0]
+            assert np.allclose(found["c"][:, j, v], alone, atol=1e-5)

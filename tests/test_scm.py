@@ -484,3 +484,21 @@ def test_nodes_with_names_are_addressed_by_them() -> None:
     trace = run(poutine.do(model, data={"c_spi1": 3.0}), unobserved())
     z = trace.nodes["z"]["value"]
     torch.testing.assert_close(trace.nodes["c"]["value"], textbook(model.scm, z, None, {1: 3.0}))
+
+
+@pytest.mark.parametrize("gained", [False, True])
+def test_single_interventions_at_once_equal_the_general_solution(gained: bool) -> None:
+    torch.manual_seed(5)
+    scm = LinearSCM(graphs.multi_growing(7, seed=2))
+    with torch.no_grad():
+        scm.weight.normal_()
+    z, values = torch.randn(11, 7), torch.tensor([-1.5, 0.0, 4.0])
+    gain = torch.rand(11, 7) if gained else None
+    found = scm.solve_each(z, [0, 3, 6], values, gain)
+    assert found.shape == (3, 3, 11, 7)
+    for row, j in zip(found, [0, 3, 6], strict=True):
+        for c, value in zip(row, values, strict=True):
+            clamp = torch.full((7,), torch.nan)
+            clamp[j] = value
+            assert torch.allclose(c, scm.solve(z, gain, clamp), atol=1e-4)
+            assert torch.allclose(c[:, j], value, atol=1e-5)

@@ -68,6 +68,9 @@ def test_a_new_combination_of_known_parts(works: Works, fails: Fails, pairs_run:
     r[column["caffeine"]] = np.log10(1 + 4.0)  # one dose is that of all parts
     found = predicted(works, pairs_run, tmp_path, *words, "4")
     assert np.array_equal(found, ps.predict(fitted, r, cells=5, mean=True).reshape(found.shape))
+    r[column["caffeine"]] = 0
+    found = predicted(works, pairs_run, tmp_path, "--environment", "ibuprofen 1 uM", "--dose", "4")
+    assert np.array_equal(found, ps.predict(fitted, r, cells=5, mean=True).reshape(found.shape))
     wrong = ("predict", pairs_run, *words, "1+2+3", "--out", tmp_path / "q.h5ad")
     assert "'ibuprofen+caffeine' has 2 perturbations and 3 doses: give one dose for each" in fails(*wrong)
 

@@ -15,6 +15,7 @@ from pyro_scm import evaluation, recipes
 from pyro_scm.cli.inputs import Memory
 from pyro_scm.cli.runs import only_best
 from pyro_scm.data import splits, synthetic
+from pyro_scm.errors import DataError
 from tests.cli.conftest import FIT, SMALL
 
 Works = Callable[..., str]
@@ -52,6 +53,8 @@ def test_models_explains_one_with_the_defaults_of_all_its_options(works: Works) 
     assert shown["schedule"] == "constant"
     assert shown["patience"] == "none"
     assert "epochs" not in shown  # has a flag of its own
+    for title in ("Options of the model", "Options of the guide", "Options of the training"):
+        assert f"\n{title} (pyro-scm fit ... --" in text
     assert "The guide reads x, e and is of the family 'normal'." in text
 
 
@@ -134,6 +137,28 @@ def test_fit_prints_each_members_losses(works: Works, screen: Path, split: split
         assert int(row[0]) == expected["seed"]
         assert float(row[2]) == pytest.approx(expected["loss"], rel=1e-3)
         assert float(row[3]) == pytest.approx(expected["validation_loss"], rel=0.05)  # other draws of the noise
+    assert [row[4:] for row in rows[start + 1 : start + 3]] == [[], ["*"]]  # by the training loss
+
+
+@pytest.mark.parametrize(("flags", "progress"), [((), None), (("--quiet",), False)])
+def test_progress_is_shown_unless_quiet(
+    fails: Works,
+    screen: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    progress: object,
+) -> None:
+    """None shows it on terminals only."""
+    asked: dict[str, object] = {}
+
+    def instead(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise DataError("enough")
+
+    monkeypatch.setattr(ps, "fit", instead)
+    fails("fit", screen, "--model", "vae", *FIT, *SMALL, *flags, "--checkpoint-every", "7", "--out", tmp_path / "run")
+    assert (asked["progress"], asked["checkpoint_every"], asked["checkpoint"]) == (progress, 7, tmp_path / "run")
 
 
 def test_options_reach_model_guide_and_training(works: Works, screen: Path, tmp_path: Path) -> None:
@@ -197,6 +222,7 @@ def test_evaluate_scores_baselines_and_members(works: Works, run: Path, screen: 
         assert f"{rows.groupby('seed')['value'].mean().median():.3f}" in line
     assert "environment_vae against" in text
     assert "too few environments" in text
+    assert text.endswith(f"scores saved in {tmp_path / 'scores.csv'}\n")
 
 
 def test_evaluate_finds_what_compare_found(works: Works, screen: Path, tmp_path: Path) -> None:
