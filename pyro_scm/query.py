@@ -163,11 +163,12 @@ class Worlds:
         difference: NDArray[np.float32] = self.x - self.factual_x
         return difference
 
-    def to_anndata(self, cells: EnvironmentDataset | None = None) -> "AnnData":
-        """Averages over members and draws, as layers ``factual`` and ``counterfactual``; X is the counterfactual.
+    def to_anndata(self, cells: EnvironmentDataset | None = None, member: int = 0) -> "AnnData":
+        """Expression averaged over members and draws, as layers ``factual`` and ``counterfactual``; X is the latter.
 
         Args:
             cells: the data set asked about, whose annotation is then kept.
+            member: whose z and c are given, averaged over draws: latents of two members are not the same variables.
         """
         from anndata import AnnData
 
@@ -175,8 +176,8 @@ class Worlds:
         var = cells.var.copy() if cells is not None else pd.DataFrame(index=list(self.genes))
         x, factual = self.x.mean((0, 1)), self.factual_x.mean((0, 1))
         adata = AnnData(X=x, obs=obs, var=var, layers={"counterfactual": x.copy(), "factual": factual})
-        adata.obsm["z"] = self.z.mean((0, 1))
-        adata.obsm["c"], adata.obsm["c_factual"] = self.c.mean((0, 1)), self.factual_c.mean((0, 1))
+        adata.obsm["z"] = self.z[member].mean(0)
+        adata.obsm["c"], adata.obsm["c_factual"] = self.c[member].mean(0), self.factual_c[member].mean(0)
         spread = self.x.mean(1).std(0) if len(self.x) > 1 else np.zeros_like(x)
         adata.layers["counterfactual_sd"] = spread
         adata.uns["nodes"] = np.array(self.nodes)
@@ -227,6 +228,9 @@ def counterfactual(
 
     With no action the counterfactual is the factual reconstruction. Under another environment what is held fixed is
     the standardised noise (z - mu_e) / sigma_e.
+
+    Latents are learnt up to permutation, sign and scale: ``c_3`` of one member is not ``c_3`` of another. Ask a run about
+    a node through one member, ``run.member(run.best)``; about an environment through all of them.
 
     Args:
         fitted: a run, or (model, guide).

@@ -655,8 +655,9 @@ def test_answers_come_as_anndata(tmp_path: Path) -> None:
     np.testing.assert_allclose(adata.layers["factual"], worlds.factual_x.mean((0, 1)), rtol=1e-6)
     np.testing.assert_allclose(adata.layers["counterfactual_sd"], worlds.x.mean(1).std(0), rtol=1e-6)
     np.testing.assert_allclose(adata.obsm["c"][:, 0], 1.0)
-    np.testing.assert_allclose(adata.obsm["c_factual"], worlds.factual_c.mean((0, 1)), rtol=1e-6)
-    np.testing.assert_allclose(adata.obsm["z"], worlds.z.mean((0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(adata.obsm["c_factual"], worlds.factual_c[0].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(adata.obsm["z"], worlds.z[0].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(worlds.to_anndata(data, member=1).obsm["z"], worlds.z[1].mean(0), rtol=1e-6)
     assert list(adata.obs["perturbation"]) == ["control"] * 6
     assert list(adata.uns["nodes"]) == ["0", "1", "2"]
     adata.write_h5ad(tmp_path / "answer.h5ad")

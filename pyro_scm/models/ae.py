@@ -12,7 +12,7 @@ from pyro_scm.priors import FlatPrior
 def ae(
     schema: Schema, *, latent: int = 20, hidden: Sequence[int] = (128,), likelihood: str | None = None
 ) -> LatentModel:
-    """Z flat;  c = z;  x | c ~ p(x | decoder(c));  guide: z = encoder(x), a point.
+    """z flat;  c = z;  x | c ~ p(x | decoder(c));  guide: z = encoder(x), a point.
 
     No prior and no noise in the code: the reference that every variational model is compared with. To be used with
     ``amortise(..., family="point")``.
