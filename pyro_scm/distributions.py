@@ -21,9 +21,33 @@ _TABLE = 256
 _ENOUGH = 64
 
 
+class _Diagonal(Normal):  # type: ignore[misc]
+    """A Normal whose scale may be smaller than its location, ``(d,)`` for ``(..., d)``: it is never blown up to that.
+
+    `torch.distributions.Normal` expands the scale and then takes its square and logarithm for every cell.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
+        self.own_scale = scale
+        super().__init__(loc, scale.expand_as(loc), validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Diagonal":
+        new = self._get_checked_instance(_Diagonal, _instance)
+        new.own_scale = self.own_scale
+        result: _Diagonal = super().expand(batch_shape, _instance=new)
+        return result
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        standardised = (value - self.loc) / self.own_scale
+        result: Tensor = -0.5 * standardised.square() - (self.own_scale.log() + _HALF_LOG_2PI)
+        return result
+
+
 def normal(loc: Tensor, scale: Tensor) -> Independent:
-    """N(loc, diag scale^2) over the last dimension: loc and scale ``(..., d)``, event ``(d,)``."""
-    return Normal(loc, scale).to_event(1)
+    """N(loc, diag scale^2): loc ``(..., d)``, scale ``(d,)`` or ``(..., d)``, event ``(d,)``."""
+    return _Diagonal(loc, scale).to_event(1)
 
 
 def _series(a: Tensor) -> Tensor:

@@ -457,13 +457,13 @@ def _take(cells: Batch, rows: Tensor) -> Batch:
 
 def _clip(parameters: Sequence[Tensor], largest: float | None) -> Tensor:
     """Norm ``(K,)`` of each member's gradient, which is scaled down where the norm exceeds `largest`."""
-    squares = [p.grad.reshape(len(p), -1).square().sum(1) for p in parameters if p.grad is not None]
-    norm = torch.stack(squares).sum(0).sqrt()
-    if largest is not None:
+    own = [p.grad for p in parameters if p.grad is not None]
+    parts = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in own]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    if largest is not None and not bool((norm <= largest).all()):  # most steps need no pass over the gradients
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-        for p in parameters:
-            if p.grad is not None:
-                p.grad.mul_(factor.view(-1, *[1] * (p.dim() - 1)))
+        for g in own:
+            g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
     return norm
 
 

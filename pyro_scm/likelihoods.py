@@ -105,7 +105,7 @@ class Gaussian(_Located):
     def distribution(self, c: Tensor, batch: Batch) -> dist.Independent:
         """Normal, event shape (G,)."""
         loc = self.location(c, batch)
-        return normal(loc, self.scale.expand_as(loc))
+        return normal(loc, self.scale)
 
 
 class GaussianFixed(_Located):

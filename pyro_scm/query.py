@@ -229,8 +229,8 @@ def counterfactual(
     With no action the counterfactual is the factual reconstruction. Under another environment what is held fixed is
     the standardised noise (z - mu_e) / sigma_e.
 
-    Latents are learnt up to permutation, sign and scale: ``c_3`` of one member is not ``c_3`` of another. Ask a run about
-    a node through one member, ``run.member(run.best)``; about an environment through all of them.
+    Latents are learnt up to permutation, sign and scale: ``c_3`` of one member is not ``c_3`` of another. Ask a run
+    about a node through one member, ``run.member(run.best)``; about an environment through all of them.
 
     Args:
         fitted: a run, or (model, guide).

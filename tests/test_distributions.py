@@ -310,3 +310,22 @@ def test_tables_are_the_same_for_members_of_an_ensemble_and_for_draws() -> None:
     assert torch.allclose(draws[0], alone[0], atol=1e-6)
     batched = torch.func.vmap(lambda a, b, c: NegativeBinomial(a, b, validate_args=False).log_prob(c))
     assert torch.allclose(batched(lm, lt, x.expand(3, -1, -1)), alone, atol=1e-4)
+
+
+def test_a_scale_of_one_row_gives_the_density_of_the_expanded_one() -> None:
+    torch.manual_seed(6)
+    loc = torch.randn(4, 7, 3, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(3, dtype=torch.float64).add(0.1).requires_grad_()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    found, expected = normal(loc, scale), torch.distributions.Normal(loc, scale.expand_as(loc))
+    assert torch.allclose(found.log_prob(x), expected.log_prob(x).sum(-1), rtol=1e-12)
+    ours = torch.autograd.grad(found.log_prob(x).sum(), (loc, scale))
+    theirs = torch.autograd.grad(expected.log_prob(x).sum(), (loc, scale))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(ours, theirs, strict=True))
+    wide = normal(loc[0], scale).expand([5, 7])
+    assert wide.log_prob(x).shape == (5, 7)
+    assert torch.allclose(wide.log_prob(x)[3], normal(loc[0], scale).log_prob(x))
+    prior = normal(torch.zeros(7, 3, dtype=torch.float64), torch.ones(7, 3, dtype=torch.float64))
+    kl = torch.distributions.kl_divergence(normal(loc[0], scale), prior)
+    by_hand = 0.5 * (scale**2 + loc[0] ** 2 - 1 - 2 * scale.log()).sum(-1)
+    assert torch.allclose(kl, by_hand, rtol=1e-12)
