@@ -9,23 +9,14 @@ Needs PYRO_SCM_DATA with l1000_a375/.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.launch import Results, data_folder, launch
+from experiments.launch import UNSEEN_ENVIRONMENT_MODELS, Results, data_folder, launch
 from pyro_scm import evaluation
 from pyro_scm.data import l1000, splits
 from pyro_scm.data.dataset import EnvironmentDataset
-
-MODELS: dict[str, dict[str, Any]] = {
-    "vae": {},
-    "conditional_vae": {},
-    "environment_vae": {"scale": False},
-    "translation_vae": {},
-    "structured_environment_vae": {"scale": False},
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def main(config: L1000) -> Results:
     split = replace(split, train=split.train.subset(np.isin(split.train.origin, rows)))
     options = {
         name: {"latent": config.latent, "hidden": (config.hidden,), "likelihood": config.likelihood, **given}
-        for name, given in MODELS.items()
+        for name, given in UNSEEN_ENVIRONMENT_MODELS.items()
     }
     comparison = evaluation.compare(
         split,

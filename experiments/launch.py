@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
+UNSEEN_ENVIRONMENT_MODELS: dict[str, dict[str, Any]] = {
+    "vae": {},
+    "conditional_vae": {},
+    "environment_vae": {"scale": False},
+    "translation_vae": {},
+    "structured_environment_vae": {"scale": False},
+}
+"""Models, with their options, that experiments on unseen environments compare."""
+
 
 class Config(Protocol):
     """A frozen dataclass with the experiment's numbers as defaults, and presets by name."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.launch import Results, data_folder, launch
+from experiments.launch import UNSEEN_ENVIRONMENT_MODELS, Results, data_folder, launch
 from pyro_scm import evaluation, infer, query, recipes
 from pyro_scm.data import splits
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -23,13 +23,6 @@ from pyro_scm.run import Run
 
 PATHWAY = ("IFNGR1", "IFNGR2", "JAK2", "STAT1")
 NEGATIVE = "CAV1"
-MODELS: dict[str, dict[str, Any]] = {
-    "vae": {},
-    "conditional_vae": {},
-    "environment_vae": {"scale": False},
-    "translation_vae": {},
-    "structured_environment_vae": {"scale": False},
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def main(config: Papalexi) -> Results:
     for i, fold in enumerate(folds):
         print(f"fold {i + 1} of {len(folds)}: {', '.join(fold)}", flush=True)
         split = splits.by_environment(cells, held_out=list(fold))
-        options = {name: {**sizes, **given} for name, given in MODELS.items()}
+        options = {name: {**sizes, **given} for name, given in UNSEEN_ENVIRONMENT_MODELS.items()}
         comparison = evaluation.compare(split, options, seeds=config.seeds, **training)
         parts.append(comparison.scores.assign(fold=i))
     scores = pd.concat(parts, ignore_index=True)

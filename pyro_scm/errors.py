@@ -10,6 +10,7 @@ __all__ = [
     "PyroScmError",
     "TrainingError",
     "listing",
+    "nearest",
 ]
 
 
@@ -38,6 +39,14 @@ class TrainingError(PyroScmError, RuntimeError):
 
 class CheckpointError(PyroScmError, ValueError):
     """A run folder that is incomplete, damaged or of another model."""
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 5) -> list[str]:
+    """The known names most like a wrong one, or the first ones where none is like it: what a message suggests."""
+    import difflib
+
+    names = list(known)
+    return difflib.get_close_matches(name, names, n=limit, cutoff=0.4) or names[:limit]
 
 
 def listing(values: Iterable[object], limit: int = 5) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_scm import checkpoints
 from pyro_scm.batch import Batch, Schema
-from pyro_scm.errors import CheckpointError, DataError, listing
+from pyro_scm.errors import CheckpointError, DataError, listing, nearest
 
 if TYPE_CHECKING:
     from pyro_scm.data.dataset import EnvironmentDataset
@@ -65,10 +65,8 @@ class Environments:
         """
         names = [str(n) for n in self.table.index]
         if name not in names:
-            import difflib
-
-            near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
-            raise DataError(f"no environment {name!r} in this run: did you mean one of {listing(near)}?")
+            near = listing(nearest(name, names))
+            raise DataError(f"no environment {name!r} in this run: did you mean one of {near}?")
         return names.index(name)
 
     def place(self, batch: Batch, name: str) -> Batch:

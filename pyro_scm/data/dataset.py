@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_scm.batch import Batch, Schema, Statistics
 from pyro_scm.data.checks import check_matrix, check_names, looks_like_counts
 from pyro_scm.data.representations import Representation, represent
-from pyro_scm.errors import DataError, listing
+from pyro_scm.errors import DataError, listing, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -359,13 +359,12 @@ class EnvironmentDataset:
         Raises:
             DataError: no such environment; the message lists the nearest names.
         """
-        import difflib
-
         known = {str(n): i for i, n in enumerate(self.environments.index)}
         for name in names:
             if str(name) not in known:
-                near = difflib.get_close_matches(str(name), list(known), n=5, cutoff=0.4) or list(known)[:5]
-                raise DataError(f"no environment {str(name)!r}: did you mean one of {listing(near)}?")
+                raise DataError(
+                    f"no environment {str(name)!r}: did you mean one of {listing(nearest(str(name), known))}?"
+                )
         return np.array([known[str(n)] for n in names], dtype=np.int64)
 
     def same_compounds(self) -> pd.DataFrame:

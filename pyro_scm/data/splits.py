@@ -5,7 +5,6 @@ is returned. What it must not share with training differs: an unseen compound ma
 another salt, whereas an unseen dose of a compound leaves its other doses in training. `Split.promises` says which.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pyro_scm.data.dataset import EnvironmentDataset
-from pyro_scm.errors import DataError, listing
+from pyro_scm.errors import DataError, listing, nearest
 
 __all__ = ["KINDS", "Split", "by_combination", "by_dose", "by_environment", "by_group", "by_row", "check", "leaks"]
 
@@ -597,7 +596,7 @@ def _asked_pairs(
     for pair in asked:
         if pair not in known:
             names = {f"{p} in {c}": (p, c) for p, c in known}
-            near = difflib.get_close_matches(" in ".join(pair), list(names), n=5, cutoff=0.4) or list(names)[:5]
+            near = nearest(" in ".join(pair), names)
             raise DataError(
                 f"no cells of {pair!r} for {covariate!r}: did you mean one of {listing(names[n] for n in near)}?"
             )
