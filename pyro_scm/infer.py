@@ -4,8 +4,8 @@ import io
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyro_scm.batch import Batch
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.ensemble import Ensemble, System, stack_initial
 from pyro_scm.errors import CheckpointError, DataError, ModelError, TrainingError
+from pyro_scm.feeding import Feeder
 from pyro_scm.objectives import Objective
 from pyro_scm.priors import SparseSoftmax
 from pyro_scm.run import Environments, Run, Settings
@@ -28,7 +29,6 @@ from pyro_scm.threads import few_threads
 
 __all__ = ["fit"]
 
-_RESIDENT_BYTES = 2 << 30
 _AVERAGED_EPOCHS = 5  # the loss with analytic KL is noisy near its optimum: early stopping looks at an average
 _VALIDATION_SEED = 0
 _SCHEDULES = ("constant", "cosine")
@@ -138,8 +138,8 @@ class _Trainer:
     ) -> None:
         self.system, self.seeds, self.settings, self.device = system, seeds, settings, device
         self.cells = cells
-        self.training = _Feeder(cells, device)
-        self.validation = _Feeder(validation, device) if validation is not None else None
+        self.training = Feeder(cells, device)
+        self.validation = Feeder(validation, device) if validation is not None else None
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
         self.ensemble = Ensemble(system, stack_initial(system, seeds, fresh), generators)
         critics = system.critic_names()
@@ -408,51 +408,6 @@ class _Trainer:
             stopped=tuple(int(s) for s in self.stopped),
             losses=tuple(float(v) for v in self.best),
         )
-
-
-class _Feeder:
-    """Cells on the training's device: resident where they fit, else dense one batch at a time."""
-
-    def __init__(self, cells: EnvironmentDataset, device: torch.device) -> None:
-        self.cells, self.device = cells, device
-        fits = len(cells) * len(cells.genes) * 4 <= _RESIDENT_BYTES
-        self.resident = cells.batch().to(device) if fits else None
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[Batch]:
-        if self.resident is None:
-            for batch in self.cells.batches(size, order):
-                yield batch.to(self.device)
-            return
-        rows = torch.as_tensor(np.arange(len(self.cells)) if order is None else order, device=self.device)
-        for part in rows.split(size):
-            yield _take(self.resident, part)
-
-
-def _take(cells: Batch, rows: Tensor) -> Batch:
-    """Some cells of a resident batch, and of its environments no more than are needed."""
-
-    def pick(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.index_select(0, rows)
-
-    row, r, perturbed = cells.row.index_select(0, rows), cells.r, cells.perturbed
-    if len(r) > len(rows):  # evaluating a whole large table would cost more than finding the distinct rows
-        distinct, row = torch.unique(row, return_inverse=True)
-        r, perturbed = r.index_select(0, distinct), perturbed.index_select(0, distinct)
-    return replace(
-        cells,
-        index=rows,
-        env=cells.env.index_select(0, rows),
-        row=row,
-        r=r,
-        perturbed=perturbed,
-        x=pick(cells.x),
-        y=pick(cells.y),
-        size=pick(cells.size),
-        covariates={name: value.index_select(0, rows) for name, value in cells.covariates.items()},
-    )
 
 
 def _clip(parameters: Sequence[Tensor], largest: float | None) -> Tensor:

@@ -38,7 +38,7 @@ LAYERS = (
     "objectives.elbo",
     "objectives",
     # training
-    "ensemble checkpoints",
+    "ensemble checkpoints feeding",
     "run",
     # what is asked of a trained model
     "metrics.arguments",
