@@ -28,6 +28,7 @@ class Feeder:
         return len(self.cells)
 
     def batches(self, size: int, order: NDArray[np.int64] | None = None) -> Iterator[Batch]:
+        """All cells in mini-batches of `size`, in the given order."""
         if self.resident is None:
             for batch in self.cells.batches(size, order):
                 yield batch.to(self.device)

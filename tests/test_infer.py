@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from guides import amortise
-from pyro_scm import infer
+from pyro_scm import feeding
 from pyro_scm.data import synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.ensemble import Ensemble, System
 from pyro_scm.errors import CheckpointError, DataError, ModelError, TrainingError
-from pyro_scm.infer import _Feeder, _Trainer, fit
+from pyro_scm.feeding import Feeder
+from pyro_scm.infer import _Trainer, fit
 from pyro_scm.models import environment_vae
 from pyro_scm.objectives import Adversary, Objective
 from pyro_scm.run import Run
@@ -79,7 +80,7 @@ def test_the_order_of_the_cells_is_new_in_every_epoch_and_covers_all() -> None:
 
     watching = Watching(**{name: getattr(cells(), name) for name in cells().__dataclass_fields__})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "_RESIDENT_BYTES", 0)
+        patch.setattr(feeding, "_RESIDENT_BYTES", 0)
         train("vae", watching, epochs=3)
     epochs = seen[1:]  # the first asks for the cells of the first evaluation
     assert len(epochs) == 3
@@ -551,8 +552,8 @@ def test_data_too_large_for_the_device_are_fed_batch_by_batch_with_the_same_resu
         return fit(model.double(), guide.double(), doubles(training), **settings)  # type: ignore[arg-type]
 
     resident = run()
-    monkeypatch.setattr(infer, "_RESIDENT_BYTES", 0)
-    assert _Feeder(training, torch.device("cpu")).resident is None
+    monkeypatch.setattr(feeding, "_RESIDENT_BYTES", 0)
+    assert Feeder(training, torch.device("cpu")).resident is None
     fed = run()
     for name, value in resident.parameters.items():
         torch.testing.assert_close(fed.parameters[name], value, rtol=1e-9, atol=1e-10)
@@ -563,10 +564,10 @@ def test_data_too_large_for_the_device_are_fed_batch_by_batch_with_the_same_resu
 @pytest.mark.parametrize("size", [30, 3])  # more cells in a batch than there are environments, and fewer
 def test_both_ways_feed_the_same_cells(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     data, order = cells("negative-binomial"), np.random.default_rng(0).permutation(100)
-    monkeypatch.setattr(infer, "_RESIDENT_BYTES", 0)
-    fed = list(_Feeder(data, torch.device("cpu")).batches(size, order))
+    monkeypatch.setattr(feeding, "_RESIDENT_BYTES", 0)
+    fed = list(Feeder(data, torch.device("cpu")).batches(size, order))
     monkeypatch.undo()
-    resident = list(_Feeder(data, torch.device("cpu")).batches(size, order))
+    resident = list(Feeder(data, torch.device("cpu")).batches(size, order))
     assert [len(batch) for batch in resident] == [size] * (100 // size) + [100 % size]
     assert all(len(batch.r) <= max(size, 4) for batch in resident)
     assert min(len(batch.r) for batch in resident) == (4 if size == 30 else 1)
@@ -583,7 +584,7 @@ def test_both_ways_feed_the_same_cells(monkeypatch: pytest.MonkeyPatch, size: in
 @pytest.mark.parametrize("resident", [True, False])
 def test_sparse_expression_is_trained_on_as_dense_is(monkeypatch: pytest.MonkeyPatch, resident: bool) -> None:
     if not resident:
-        monkeypatch.setattr(infer, "_RESIDENT_BYTES", 0)
+        monkeypatch.setattr(feeding, "_RESIDENT_BYTES", 0)
     dense = cells("negative-binomial")
     fields = {name: getattr(dense, name) for name in dense.__dataclass_fields__}
     sparse = EnvironmentDataset(**{**fields, "x": sp.csr_matrix(np.asarray(dense.x))})
