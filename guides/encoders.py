@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pyro_scm.batch import Batch, Schema
 from pyro_scm.distributions import normal
 from pyro_scm.errors import ModelError
-from pyro_scm.nn import FiLM, mlp
+from pyro_scm.nn import FiLM, Joint
 
 __all__ = ["CONDITIONINGS", "GaussianEncoder", "PointEncoder"]
 
@@ -50,9 +50,12 @@ class _Encoder(nn.Module):
         self.register_buffer("spread", statistics.scale.clone())
         self.register_buffer("depth", torch.tensor(statistics.depth))
         self.film = conditioning == "film" and len(self.inputs) > 1
-        others = sum(sizes[name] for name in self.inputs if name != "x")
+        self.others = [name for name in self.inputs if name != "x"]
+        widths = [sizes[name] for name in self.others]
         self.net: nn.Module = (
-            FiLM(sizes["x"], others, hidden, outputs) if self.film else mlp(sizes["x"] + others, hidden, outputs)
+            FiLM(sizes["x"], sum(widths), hidden, outputs)
+            if self.film
+            else Joint([sizes["x"], *widths], hidden, outputs)
         )
 
     def _expression(self, batch: Batch) -> Tensor:
@@ -64,20 +67,22 @@ class _Encoder(nn.Module):
             x = torch.log1p(x * (self.depth / batch.size).unsqueeze(-1))
         return ((x - self.mean) / self.spread).clamp(-_CLAMP, _CLAMP)
 
-    def _conditions(self, batch: Batch) -> list[Tensor]:
-        values = []
-        for name in self.inputs:
-            if name == "e":
-                values.append(batch.e)
-            elif name != "x":
-                values.append(F.one_hot(batch.covariates[name], self.sizes[name]).to(self.mean))
-        return values
+    def _condition(self, name: str, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """An input other than x, and each cell's row of it where it holds one row an environment."""
+        if name == "e":
+            return batch.r, batch.row
+        return F.one_hot(batch.covariates[name], self.sizes[name]).to(self.mean), None
 
     def _encode(self, batch: Batch) -> Tensor:
-        x, conditions = self._expression(batch), self._conditions(batch)
-        given = (x, torch.cat(conditions, -1)) if self.film else (torch.cat([x, *conditions], -1),)
-        out: Tensor = self.net(*given)
-        return out.to(self.mean.dtype)  # under autocast networks run in bfloat16, densities never do
+        x, conditions = self._expression(batch), [self._condition(name, batch) for name in self.others]
+        if not self.film:
+            out = self.net(x, *(value for value, _ in conditions), rows=[None, *(row for _, row in conditions)])
+        elif len(conditions) == 1:
+            out = self.net(x, *conditions[0])
+        else:
+            out = self.net(x, torch.cat([v if row is None else v[row] for v, row in conditions], -1))
+        result: Tensor = out.to(self.mean.dtype)  # under autocast networks run in bfloat16, densities never do
+        return result
 
 
 class GaussianEncoder(_Encoder):

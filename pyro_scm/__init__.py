@@ -17,19 +17,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_scm import baselines, graphs, metrics, models
     from pyro_scm.contracts import check
+    from pyro_scm.coordinates import InCausalVariables, in_noise
     from pyro_scm.data.dataset import EnvironmentDataset
     from pyro_scm.data.synthetic import simulate
     from pyro_scm.evaluation import compare
-    from pyro_scm.infer import fit
+    from pyro_scm.infer import fit, grid
     from pyro_scm.model import LatentModel
-    from pyro_scm.objectives import Objective
+    from pyro_scm.objectives import ImportanceWeighted, Objective
     from pyro_scm.posterior import to_arviz
     from pyro_scm.query import counterfactual, do, effect, embed, expose, noise, predict, sweep
     from pyro_scm.recipes import load
     from pyro_scm.run import Run
+    from pyro_scm.tuning import tune
 
 _PLACES = {
     "EnvironmentDataset": "data.dataset",
+    "ImportanceWeighted": "objectives",
+    "InCausalVariables": "coordinates",
     "LatentModel": "model",
     "Objective": "objectives",
     "Run": "run",
@@ -43,6 +47,8 @@ _PLACES = {
     "expose": "query",
     "fit": "infer",
     "graphs": "",
+    "grid": "infer",
+    "in_noise": "coordinates",
     "load": "recipes",
     "metrics": "",
     "models": "",
@@ -51,10 +57,13 @@ _PLACES = {
     "simulate": "data.synthetic",
     "sweep": "query",
     "to_arviz": "posterior",
+    "tune": "tuning",
 }
 
 __all__ = [
     "EnvironmentDataset",
+    "ImportanceWeighted",
+    "InCausalVariables",
     "LatentModel",
     "Objective",
     "Run",
@@ -68,6 +77,8 @@ __all__ = [
     "expose",
     "fit",
     "graphs",
+    "grid",
+    "in_noise",
     "load",
     "metrics",
     "models",
@@ -76,6 +87,7 @@ __all__ = [
     "simulate",
     "sweep",
     "to_arviz",
+    "tune",
 ]
 
 

@@ -6,10 +6,11 @@ Expression is normalised as in `EnvironmentDataset.normalised`, at the training 
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Self, TypeAlias, cast
+from typing import Any, Self, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -93,14 +94,16 @@ def environment_means(cells: EnvironmentDataset, depth: float) -> tuple[FloatArr
     Returns:
         ``[E, G]``, NaN where an environment has no cells, and ``[E]``.
     """
-    values = cells.normalised(depth)
-    counts = np.bincount(cells.env, minlength=len(cells.environments))
-    order, ends = np.argsort(cells.env, kind="stable"), np.cumsum(counts)
-    means = np.full((len(counts), values.shape[1]), np.nan)
-    for e in np.flatnonzero(counts):
-        rows = values[order[ends[e] - counts[e] : ends[e]]]
-        means[e] = np.asarray(rows.mean(axis=0, dtype=np.float64)).ravel()
-    return means, counts
+    number = len(cells.environments)
+    counts = np.bincount(cells.env, minlength=number)
+    sums = np.zeros((number, len(cells.genes)))
+    for start, values in cells.normalised_blocks(depth):
+        env = cells.env[start : start + values.shape[0]]
+        member = sp.csr_matrix((np.ones(len(env)), (env, np.arange(len(env)))), shape=(number, len(env)))
+        product: Any = member @ values.astype(np.float64)
+        sums += product if isinstance(product, np.ndarray) else product.toarray()
+    with np.errstate(invalid="ignore"):
+        return sums / np.where(counts > 0, counts, np.nan)[:, None], counts
 
 
 def _pooled(means: FloatArray, counts: NDArray[np.int64], references: Sequence[tuple[int, ...]]) -> FloatArray:

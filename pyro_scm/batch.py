@@ -95,7 +95,8 @@ class Schema:
 class Batch:
     """n cells and the R distinct environments among them.
 
-    Environments are kept once each, so that environment networks are evaluated once per distinct environment.
+    Environments are kept once each, so that environment networks are evaluated once per distinct environment. A few
+    rows of `r` may belong to no cell of the batch: `row` says which of them count.
 
     Args:
         index: ``(n,)`` int64, rows of the data set: the subsample of the plate ``data``.
@@ -181,12 +182,19 @@ class Batch:
             outside=env < 0,
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, covariates as ``covariates.<name>``; `with_tensors` puts them back."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        return found | {f"covariates.{name}": value for name, value in self.covariates.items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Batch":
+        """The same batch with other tensors under the names of `tensors`."""
+        prefix = "covariates."
+        covariates = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+        own: dict[str, Any] = {n: v for n, v in tensors.items() if not n.startswith(prefix)}
+        return replace(self, **own, covariates={**self.covariates, **covariates})
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                moved[f.name] = value.to(device)
-        covariates = {name: value.to(device) for name, value in self.covariates.items()}
-        return replace(self, **moved, covariates=covariates)
+        return self.with_tensors({name: value.to(device) for name, value in self.tensors().items()})

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_scm.batch import Batch
+from pyro_scm.chance import forked
 from pyro_scm.errors import ModelError
 from pyro_scm.handlers import reparametrised
-from pyro_scm.nn import reset_parameters
+from pyro_scm.nn import replicated, reset_parameters
 from pyro_scm.objectives import Objective
 from pyro_scm.sites import DATA
 
@@ -63,58 +64,64 @@ class System(nn.Module):
     def forward(
         self,
         batch: Batch,
-        noise: Sequence[Mapping[str, Tensor]],
+        noise: Mapping[str, Tensor],
         kl_weight: float | Tensor = 1.0,
         critics: bool = False,
     ) -> dict[str, Tensor]:
         """Losses per cell: the model's (loss, reconstruction, kl, each penalty), or the critics' (loss).
 
         Bound methods are called, not the modules: nothing is then registered with Pyro's global parameter store.
+        Particles are a dimension that `torch.func.vmap` adds to the noise alone: what does not depend on it, such as
+        the encoder and the environment network, is evaluated once for all of them.
+
+        Args:
+            batch: cells.
+            noise: site -> ``(S, n, ...)`` standard noise of S particles.
+            kl_weight: of a schedule.
+            critics: whether the critics' side is asked for.
         """
-        programs = (self.model.forward, self.guide.forward)
-        total: dict[str, Tensor] = {}
-        for particle in noise:
-            world = self.objective.world(*programs, batch, [_Noise(particle)])
-            if critics:
-                losses = [a.critic_loss(world) for a in self.objective.adversaries]
-                parts = {"loss": sum(losses, torch.zeros(()))}
-            else:
-                terms = self.objective.terms(world)
-                parts = {
-                    "loss": terms.loss(self.objective.kl_weight * kl_weight),
-                    "reconstruction": terms.reconstruction,
-                    "kl": terms.kl,
-                    **terms.penalties,
-                }
-            for name, value in parts.items():
-                total[name] = total.get(name, 0.0) + value / (len(noise) * batch.total)
-        return total
+        particles = self.objective.num_particles
+
+        def parts(one: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            world = self.objective.world(self.model.forward, self.guide.forward, batch, [_Noise(one)])
+            if not critics:
+                return self.objective.parts(world)
+            return {"loss": sum((a.critic_loss(world) for a in self.objective.adversaries), torch.zeros(()))}
+
+        if particles == 1:
+            each = {k: v.unsqueeze(0) for k, v in parts({k: v.squeeze(0) for k, v in noise.items()}).items()}
+        else:
+            counter = torch.arange(particles, device=batch.env.device)  # a guide without Normal sites has no noise
+            with pyro.validation_enabled(False):  # checks of values cannot run inside vmap
+                each = torch.func.vmap(lambda one, _: parts(one), randomness="different")(dict(noise), counter)
+        losses = {"loss": each["loss"].mean(0)} if critics else self.objective.combine(each, kl_weight)
+        return {name: value / batch.total for name, value in losses.items()}
 
 
 class Ensemble:
     """K members of a system.
 
     Args:
-        system: the structure; its buffers are shared by all members.
-        parameters: name -> ``(K, ...)``.
+        system: the structure; its buffers are shared by all members, but for those that are `nn.replicated`.
+        parameters: name -> ``(K, ...)``, replicated buffers among them.
         generators: K random generators, one a member, of the latent noise.
     """
 
     def __init__(self, system: System, parameters: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> None:
         self.system = system
-        frozen = {name for name, p in system.named_parameters() if not p.requires_grad}
+        trained = {name for name, p in system.named_parameters() if p.requires_grad}
         self.parameters = {
-            name: value.detach().clone().requires_grad_(name not in frozen) for name, value in parameters.items()
+            name: nn.Parameter(value.detach().clone(), requires_grad=name in trained)
+            for name, value in parameters.items()
         }
         self.generators = list(generators)
+        # torch looks for parameters that modules share at each call, which takes long where there are none
+        unique = sum(1 for _ in system.named_parameters())
+        self.tied = sum(1 for _ in system.named_parameters(remove_duplicate=False)) > unique
         self.sites: dict[str, tuple[bool, torch.Size]] | None = None
 
     def __len__(self) -> int:
         return len(self.generators)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Shared by all members."""
-        return dict(self.system.named_buffers())
 
     def _noise_sites(self, batch: Batch) -> dict[str, tuple[bool, torch.Size]]:
         """Sites of the guide that are Normal or a transform of it: whether inside the plate, the shape of the rest."""
@@ -133,45 +140,81 @@ class Ensemble:
                 self.sites[name] = (local, shape[1:] if local else shape)
         return self.sites
 
-    def noise(self, batch: Batch, generators: Iterable[torch.Generator] | None = None) -> dict[str, Tensor]:
-        """Standard noise ``(K, n, ...)`` for every Normal latent site, member k's from its own generator."""
+    def noise(
+        self,
+        batch: Batch,
+        generators: Iterable[torch.Generator] | None = None,
+        particles: int = 1,
+        share: tuple[int, slice] | None = None,
+    ) -> dict[str, Tensor]:
+        """Standard noise ``(K, S, n, ...)`` for every Normal latent site, member k's from its own generator.
+
+        Args:
+            batch: n cells.
+            generators: others than the members' own.
+            particles: S.
+            share: (cells, which of them) if the batch is one process's share of more cells: noise is drawn for all of
+                them, so that every cell has the noise that it would have in one process.
+        """
         sites = self._noise_sites(batch)
+        cells, own = share or (len(batch), slice(None))
         draws: dict[str, list[Tensor]] = {name: [] for name in sites}
         for generator in generators or self.generators:
-            for name, (local, rest) in sites.items():
-                shape = (len(batch), *rest) if local else tuple(rest)
-                draws[name].append(torch.randn(shape, generator=generator, device=generator.device))
+            each: dict[str, list[Tensor]] = {name: [] for name in sites}
+            for _ in range(particles):
+                for name, (local, rest) in sites.items():
+                    shape = (cells, *rest) if local else tuple(rest)
+                    drawn = torch.randn(shape, generator=generator, device=generator.device)
+                    each[name].append(drawn[own] if local else drawn)
+            for name, values in each.items():
+                draws[name].append(torch.stack(values))
         return {name: torch.stack(values) for name, values in draws.items()}
 
     def losses(
         self,
         batch: Batch,
-        noise: Sequence[Mapping[str, Tensor]],
+        noise: Mapping[str, Tensor],
         kl_weight: float | Tensor = 1.0,
         critics: bool = False,
         parameters: Mapping[str, Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Losses ``(K,)`` of every member on the same cells; see `System.forward`."""
+        """Losses ``(K,)`` of every member on the same cells; see `System.forward`.
+
+        Args:
+            batch: n cells.
+            noise: site -> ``(K, S, n, ...)``.
+            kl_weight: one number, or ``(K,)``.
+            critics: see `System.forward`.
+            parameters: others than the ensemble's own.
+            buffers: others than the system's own.
+        """
         values = dict(parameters if parameters is not None else self.parameters)
-        buffers = self.buffers()
+        shared = dict(buffers or {})
+        weight = torch.as_tensor(kl_weight, device=batch.env.device).expand(len(self))
 
-        def one(member: dict[str, Tensor], tape: list[dict[str, Tensor]]) -> Any:
-            return functional_call(self.system, (member, buffers), (batch, tape, kl_weight, critics))
+        def one(member: dict[str, Tensor], tape: dict[str, Tensor], weight: Tensor) -> Any:
+            arguments = (batch, tape, weight, critics)
+            return functional_call(self.system, (member, shared), arguments, tie_weights=self.tied)
 
-        tape = [dict(particle) for particle in noise]
         if len(self) == 1:  # the usual case pays nothing for the ensemble
-            first = one({k: v[0] for k, v in values.items()}, [{k: v[0] for k, v in t.items()} for t in tape])
+            first = one(_first(values), _first(noise), weight.squeeze(0))
             return {name: value.unsqueeze(0) for name, value in first.items()}
         with pyro.validation_enabled(False):  # checks of values cannot run inside vmap
-            result: dict[str, Tensor] = torch.func.vmap(one, randomness="different")(values, tape)
+            result: dict[str, Tensor] = torch.func.vmap(one, randomness="different")(values, dict(noise), weight)
         return result
 
     def load_member(self, k: int, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Put member k's parameters into the system's own modules."""
         values = parameters if parameters is not None else self.parameters
         with torch.no_grad():
-            for name, own in self.system.named_parameters():
+            for name, own in replicated(self.system).items():
                 own.copy_(values[name][k])
+
+
+def _first(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # squeezing, unlike indexing, has a gradient that copies nothing
+    return {name: value.squeeze(0) for name, value in values.items()}
 
 
 def stack_initial(system: System, seeds: Sequence[int], fresh: bool = True) -> dict[str, Tensor]:
@@ -182,12 +225,13 @@ def stack_initial(system: System, seeds: Sequence[int], fresh: bool = True) -> d
     Raises:
         ModelError: a parameter that `reset_parameters` does not draw, so that all members would share its value.
     """
-    present = {name: p.detach().clone() for name, p in system.named_parameters()}
+    present = {name: p.detach().clone() for name, p in replicated(system).items()}
     if not fresh:
         return {name: p.expand(len(seeds), *p.shape).clone() for name, p in present.items()}
     drawn = [_drawn(system, seed) for seed in seeds]
     system.load_state_dict(present, strict=False)
-    frozen = {name: present[name] for name, p in system.named_parameters() if not p.requires_grad}
+    trained = {name for name, p in system.named_parameters() if p.requires_grad}
+    frozen = {name: value for name, value in present.items() if name not in trained}
     forgotten = [name for name, p in drawn[0].items() if name not in frozen and p.isnan().any()]
     if forgotten:
         raise ModelError(
@@ -199,7 +243,7 @@ def stack_initial(system: System, seeds: Sequence[int], fresh: bool = True) -> d
 
 def _drawn(system: System, seed: int) -> dict[str, Tensor]:
     """Parameters drawn from a seed; NaN where nothing draws them."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with forked(), torch.no_grad():
         torch.manual_seed(seed)
         for p in system.parameters():
             p.fill_(torch.nan)

@@ -29,6 +29,7 @@ from torch import Tensor
 from pyro_scm import checkpoints, metrics, recipes
 from pyro_scm.baselines import BASELINES, controls, environment_means, matched_references
 from pyro_scm.batch import Batch
+from pyro_scm.chance import forked
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.data.single_cell import differential_genes, halves
 from pyro_scm.data.splits import Split
@@ -111,7 +112,7 @@ def predict_means(
         chosen = _some(train.subset(np.isin(train.env, own)), cells, seed)
         draws = max(1, cells // len(chosen))
         for k, (model, guide) in enumerate(several):
-            with isolated(), torch.random.fork_rng(devices=[]):
+            with isolated(), forked():
                 torch.manual_seed(seed + k)
                 result[k, asked] += _mean_changes(model, guide, chosen, table, names, depth, draws)
     return result
@@ -217,7 +218,7 @@ def _cell_scores(model: Any, guide: Any, cells: EnvironmentDataset, total: int, 
     """Negative ELBO and reconstruction of held-out cells: a mean over cells, never of cells that a model has seen."""
     objective = Objective()
     sums = dict.fromkeys(("nll", "reconstruction", "squares"), 0.0)
-    with isolated(), torch.random.fork_rng(devices=[]):
+    with isolated(), forked():
         torch.manual_seed(0)
         for batch in _batches(model, cells, _CHUNK):
             batch = replace(batch, total=max(total, len(batch)))  # global sites are shared out over the training cells
@@ -845,7 +846,7 @@ def _noise(model: Any, guide: Any, cells: EnvironmentDataset, z: NDArray[np.floa
     Draws, because the posterior means of a latent that the model does not use vary by next to nothing.
     """
     total = z.astype(np.float64)
-    with isolated(), torch.random.fork_rng(devices=[]):
+    with isolated(), forked():
         torch.manual_seed(0)
         if model.shift is not None:
             shifts = [model.shift(batch).cpu().numpy() for batch in _batches(model, cells, _CHUNK)]

@@ -58,11 +58,15 @@ class LatentModel(PyroModule):  # type: ignore[misc]
         """Sites of the causal variables, ``c_<node>``, in the order of c."""
         return tuple(self.scm.sites)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The generative program. Returns the value of each observed site."""
-        prior = self.prior(batch)  # outside the plate: parts may own global sites
+    def parts(self, batch: Batch) -> tuple[Any, Tensor | float, Tensor | None]:
+        """Prior, shift and gain of the batch's cells; called outside the plate, because parts may own global sites."""
         shift = self.shift(batch) if self.shift is not None else 0.0
         gain = self.regime(batch) if self.regime is not None else None
+        return self.prior(batch), shift, gain
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The generative program. Returns the value of each observed site."""
+        prior, shift, gain = self.parts(batch)
         with batch.plate():
             z = pyro.sample(Z, prior)
             c = self.scm(z + shift, gain)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FiLM", "MaskedMLP", "mlp", "reset_parameters"]
+__all__ = ["FiLM", "Joint", "MaskedMLP", "mlp", "replicated", "reset_parameters"]
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
@@ -33,6 +33,59 @@ def reset_parameters(module: nn.Module) -> None:
         own()
 
 
+def replicated(module: nn.Module) -> dict[str, Tensor]:
+    """What each member of an ensemble has of its own: all parameters, and the buffers that modules call `replicated`.
+
+    A module names such buffers in a class attribute ``replicated``: numbers that a schedule changes, for example.
+    """
+    found: dict[str, Tensor] = dict(module.named_parameters())
+    for prefix, child in module.named_modules():
+        for name in getattr(child, "replicated", ()):
+            found[f"{prefix}.{name}" if prefix else name] = child.get_buffer(name)
+    return found
+
+
+class Joint(nn.Module):
+    """The `mlp` of several inputs laid side by side, with each input's part of the first layer kept by itself.
+
+    What is known of few distinct environments is so multiplied once for each of them, not once for each cell.
+
+    Args:
+        inputs: length of each input.
+        hidden: widths of the hidden layers.
+        outputs: length of the result.
+    """
+
+    def __init__(self, inputs: Sequence[int], hidden: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        width, self.total = (hidden[0] if hidden else outputs), sum(inputs)
+        self.parts = nn.ModuleList(nn.Linear(n, width, bias=i == 0) for i, n in enumerate(inputs))
+        self.rest: nn.Module = nn.Sequential(nn.ReLU(), mlp(width, hidden[1:], outputs)) if hidden else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch draws one layer of all inputs together."""
+        bound = 1 / math.sqrt(self.total)
+        with torch.no_grad():
+            for part in self.parts:
+                for p in part.parameters():
+                    p.uniform_(-bound, bound)
+
+    def forward(self, *inputs: Tensor, rows: Sequence[Tensor | None] | None = None) -> Tensor:
+        """One tensor an input ``(n, length)`` -> ``(n, outputs)``.
+
+        Args:
+            inputs: in the order of the constructor.
+            rows: for each input None, or ``(n,)`` which of its rows are meant.
+        """
+        total: Tensor | float = 0.0
+        for part, value, row in zip(self.parts, inputs, rows or [None] * len(inputs), strict=True):
+            product = part(value)
+            total = total + (product if row is None else product.index_select(0, row))
+        result: Tensor = self.rest(total)
+        return result
+
+
 class FiLM(nn.Module):
     """h -> (1 + gamma(e)) * h + beta(e), one scale and one shift for each hidden unit (Perez et al. 2017).
 
@@ -50,10 +103,17 @@ class FiLM(nn.Module):
         self.modulations = nn.ModuleList(nn.Linear(conditions, 2 * b) for b in hidden)
         self.last = nn.Linear(sizes[-1], outputs)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x ``(..., inputs)`` under e ``(..., conditions)`` -> ``(..., outputs)``."""
+    def forward(self, x: Tensor, e: Tensor, row: Tensor | None = None) -> Tensor:
+        """x ``(n, inputs)`` under e ``(n, conditions)`` -> ``(n, outputs)``.
+
+        Args:
+            x: one row a cell.
+            e: one row a cell; with `row`, one a distinct environment.
+            row: ``(n,)`` each cell's row of e.
+        """
         for layer, modulation in zip(self.layers, self.modulations, strict=True):
-            gamma, beta = modulation(e).chunk(2, -1)
+            both = modulation(e)
+            gamma, beta = (both if row is None else both.index_select(0, row)).chunk(2, -1)
             x = F.relu((1 + gamma) * layer(x) + beta)
         result: Tensor = self.last(x)
         return result

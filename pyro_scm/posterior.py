@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from pyro import poutine
 
+from pyro_scm.chance import forked
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError
 from pyro_scm.query import abduct, isolated, member_count
@@ -54,7 +55,7 @@ def to_arviz(fitted: Fitted, cells: EnvironmentDataset, *, draws: int = 100, see
     parts = []
     nodes: tuple[Any, ...] = ()
     for k, (model, guide) in enumerate(members(fitted)):
-        with isolated(), torch.random.fork_rng(devices=[]):
+        with isolated(), forked():
             torch.manual_seed(seed + k)  # chains must not share their noise
             parts.append(_draws(model, guide, cells, draws))
         nodes = tuple(str(n) for n in model.scm.nodes)  # type: ignore[union-attr]

@@ -39,6 +39,8 @@ class SparseSoftmax(nn.Module):
         temperature: T. It belongs to whoever trains the model (`fit(..., temperature=...)`): nothing here changes it.
     """
 
+    replicated = ("temperature",)
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         if not temperature > 0:

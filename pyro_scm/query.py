@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_scm.batch import Batch
+from pyro_scm.chance import forked
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError, InterventionError
 from pyro_scm.handlers import (
@@ -253,7 +254,7 @@ def counterfactual(
         refuse_unknown(do or {}, model.sites)
         _check_size(len(cells) * (draws or 1), len(cells.genes), member_count(fitted))
         place = _place(fitted, cells, environment)
-        with isolated(), torch.random.fork_rng(devices=[]):
+        with isolated(), forked():
             torch.manual_seed(seed + k)
             chunks = []
             for rows, batch in _chunks(cells, draws, model):
@@ -546,7 +547,7 @@ def predict(
     results = []
     for k, (model, _) in enumerate(members(run)):
         device = _device(model)
-        with isolated(), torch.random.fork_rng(devices=[]):
+        with isolated(), forked():
             torch.manual_seed(seed + k)
             trace = poutine.trace(model).get_trace(batch.to(device))
         results.append(_numpy(_expression(trace, not mean), 1))

@@ -1,7 +1,7 @@
 """`Run`: what training leaves behind, an ensemble of fitted models."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_scm import checkpoints
 from pyro_scm.batch import Batch, Schema
 from pyro_scm.errors import CheckpointError, DataError, listing, nearest
+from pyro_scm.nn import replicated
 
 if TYPE_CHECKING:
     from pyro_scm.data.dataset import EnvironmentDataset
@@ -24,19 +25,30 @@ __all__ = ["Environments", "Fitted", "Run", "Settings", "members"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run was trained; see `pyro_scm.fit`."""
+    """How a run was trained; see `pyro_scm.fit`. A tuple holds one value a member."""
 
     epochs: int
     batch_size: int
-    lr: float
+    lr: float | tuple[float, ...]
     schedule: str
+    kl_weight: float | tuple[float, ...]
     kl_warmup: float
-    temperature: tuple[float, float] | None
+    temperature: tuple[float, float] | tuple[tuple[float, float], ...] | None
     clip: float | None
-    weight_decay: float
+    weight_decay: float | tuple[float, ...]
     patience: int | None
     critic_steps: int
     precision: str = "float32"
+    shuffle: str = "auto"
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Settings":
+        """Inverse of `dataclasses.asdict` after a round through JSON, which knows no tuples."""
+
+        def tuples(value: Any) -> Any:
+            return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+        return Settings(**{name: tuples(value) for name, value in data.items()})
 
 
 @dataclass(frozen=True)
@@ -112,12 +124,22 @@ class Run:
         """Member with the lowest loss."""
         return int(np.argmin(self.losses))
 
+    def summary(self) -> pd.DataFrame:
+        """One row a member: its seed, the settings that may differ between members, its loss, the epoch it kept."""
+        table = pd.DataFrame({"seed": self.seeds, "loss": self.losses, "epoch": self.stopped})
+        for name in ("lr", "kl_weight", "weight_decay", "temperature"):
+            value = getattr(self.settings, name)
+            own = name != "temperature" or (value is not None and isinstance(value[0], tuple))
+            if isinstance(value, tuple) and own:
+                table[name] = list(value)
+        return table.rename_axis("member")
+
     def member(self, k: int) -> tuple[nn.Module, nn.Module]:
         """Model and guide of member k, as modules of their own."""
         model, guide = copy.deepcopy(self.model), copy.deepcopy(self.guide)
         for prefix, module in (("model", model), ("guide", guide)):
             with torch.no_grad():
-                for name, own in module.named_parameters():
+                for name, own in replicated(module).items():
                     own.copy_(self.parameters[f"{prefix}.{name}"][k])
         return model, guide
 
@@ -176,8 +198,6 @@ class Run:
         parameters = {n.removeprefix("parameters."): v for n, v in tensors.items() if n.startswith("parameters.")}
         _load_buffers(folder, tensors, model=model, guide=guide)
         table = pd.DataFrame(manifest["environments"]).set_index("environment")
-        settings = dict(manifest["settings"])
-        settings["temperature"] = tuple(settings["temperature"]) if settings["temperature"] else None
         run = Run(
             model=model,
             guide=guide,
@@ -186,12 +206,12 @@ class Run:
             schema=schema,
             environments=Environments(table, tensors["environments.representation"].numpy()),
             history=_history(Path(folder) / "history.csv"),
-            settings=Settings(**settings),
+            settings=Settings.from_json(manifest["settings"]),
             stopped=tuple(manifest["stopped"]),
             losses=tuple(float(v) for v in manifest["losses"]),
         )
         for prefix, module in (("model", model), ("guide", guide)):
-            for name, own in module.named_parameters():
+            for name, own in replicated(module).items():
                 saved = parameters.get(f"{prefix}.{name}")
                 if saved is None or saved.shape[1:] != own.shape:
                     found = "none" if saved is None else tuple(saved.shape[1:])

@@ -58,6 +58,20 @@ class LatentSCM(nn.Module):
     def _solve(self, z: Tensor, gain: Tensor | None) -> Tensor:
         raise NotImplementedError  # abstract
 
+    def effects(self, c: Tensor) -> Tensor:
+        """What the parents contribute to each variable, f(c) ``(..., d)`` for given c ``(..., d)``."""
+        raise NotImplementedError  # abstract
+
+    def noise(self, c: Tensor, gain: Tensor | None = None) -> Tensor:
+        """The inverse of `solve`: z = c - g f(c), all mechanisms at once.
+
+        Args:
+            c: ``(..., d)`` causal variables.
+            gain: see `solve`.
+        """
+        effects = self.effects(c)
+        return c - (effects if gain is None else gain * effects)
+
     def solve(self, z: Tensor, gain: Tensor | None = None, do: Tensor | None = None) -> Tensor:
         """Causal variables for given noise: one call, any batch shape, nothing sampled.
 
@@ -132,6 +146,10 @@ class IndependentSCM(LatentSCM):
     def _solve(self, z: Tensor, gain: Tensor | None) -> Tensor:
         return z
 
+    def effects(self, c: Tensor) -> Tensor:
+        """None."""
+        return torch.zeros_like(c)
+
 
 class LinearSCM(LatentSCM):
     """c = A c + z, so c = (I - A)^-1 z with A strictly lower-triangular in the order of the nodes.
@@ -161,6 +179,10 @@ class LinearSCM(LatentSCM):
     def matrix(self) -> Tensor:
         """A ``(d, d)``; A[j, i] is the effect of node i on node j."""
         return self.weight * self.mask
+
+    def effects(self, c: Tensor) -> Tensor:
+        """A c."""
+        return c @ self.matrix.mT
 
     def _solve(self, z: Tensor, gain: Tensor | None) -> Tensor:
         a = self.matrix
@@ -211,6 +233,14 @@ class MechanismSCM(LatentSCM):
         for width in self.widths[1:]:
             self.mechanisms.append(MaskedMLP(adjacency[start : start + width, :start], hidden))
             start += width
+
+    def effects(self, c: Tensor) -> Tensor:
+        """f_j(PA_j) of every node: no mechanism waits for another."""
+        parts, start = [torch.zeros_like(c[..., : self.widths[0]])], self.widths[0]
+        for mechanism, width in zip(self.mechanisms, self.widths[1:], strict=True):
+            parts.append(mechanism(c[..., :start]))
+            start += width
+        return torch.cat(parts, -1)
 
     def _solve(self, z: Tensor, gain: Tensor | None) -> Tensor:
         if gain is not None:

@@ -38,7 +38,7 @@ def assert_members_are_as_if_alone(together: Run, alone: Run, k: int, tolerance:
         scale = max(float(expected.abs().max()), 1e-3)
         assert float((found - expected[0]).abs().max()) <= tolerance * scale, parameter
     mine = together.history[together.history["seed"] == alone.seeds[0]]
-    columns = [column for column in alone.history if column not in ("seconds", "seed")]
+    columns = [column for column in alone.history if column not in ("seconds", "seed", "member")]
     np.testing.assert_allclose(mine[columns].to_numpy(), alone.history[columns].to_numpy(), rtol=tolerance, atol=1e-12)
 
 
@@ -93,7 +93,7 @@ def test_members_stop_early_as_they_would_alone() -> None:
 def test_members_differ_from_one_another() -> None:
     run = trained("environment_vae", cells(), SEEDS)
     for name, value in run.parameters.items():
-        if not name.endswith(("raw_scale", "raw_dispersion")):
+        if not name.endswith(("raw_scale", "raw_dispersion", "temperature")):
             assert float((value[0] - value[1]).abs().max()) > 1e-3, name
 
 
@@ -103,12 +103,12 @@ def test_vectorised_losses_are_those_of_a_loop(critics: bool) -> None:
     objective = Objective(penalties={"adversary": Adversary(nn.Linear(3, 4))}, particles=2, kl_weight=0.5)
     many = ensemble("structured_environment_vae", objective=objective)
     batch = cells()[::4]
-    noise = [many.noise(batch) for _ in range(2)]
+    noise = many.noise(batch, particles=2)
     together = many.losses(batch, noise, 0.7, critics=critics)
     assert set(together) == ({"loss"} if critics else {"loss", "reconstruction", "kl", "adversary"})
     for k in range(3):
         one = Ensemble(many.system, {n: p[k : k + 1] for n, p in many.parameters.items()}, many.generators[:1])
-        alone = one.losses(batch, [{n: v[k : k + 1] for n, v in part.items()} for part in noise], 0.7, critics=critics)
+        alone = one.losses(batch, {n: v[k : k + 1] for n, v in noise.items()}, 0.7, critics=critics)
         for name, value in alone.items():
             assert value.shape == (1,)
             torch.testing.assert_close(together[name][k], value[0], rtol=1e-5, atol=1e-5)
@@ -121,7 +121,7 @@ def test_vectorised_losses_are_those_of_a_loop(critics: bool) -> None:
 def test_a_members_gradient_is_its_own() -> None:
     many = ensemble("vae")
     batch = cells()[::4]
-    noise = [many.noise(batch)]
+    noise = many.noise(batch)
     names = list(many.parameters)
     summed = torch.autograd.grad(many.losses(batch, noise)["loss"].sum(), [many.parameters[n] for n in names])
     second = torch.autograd.grad(many.losses(batch, noise)["loss"][1], [many.parameters[n] for n in names])
@@ -134,9 +134,9 @@ def test_a_members_gradient_is_its_own() -> None:
 def test_losses_at_other_parameters() -> None:
     many = ensemble("vae")
     batch = cells()[::4]
-    noise = [many.noise(batch)]
+    noise = many.noise(batch)
     swapped = {name: value.flip(0) for name, value in many.parameters.items()}
-    here = many.losses(batch, [{"z": noise[0]["z"].flip(0)}])["loss"]
+    here = many.losses(batch, {"z": noise["z"].flip(0)})["loss"]
     there = many.losses(batch, noise, parameters=swapped)["loss"]
     torch.testing.assert_close(there, here.flip(0))
 
@@ -148,7 +148,7 @@ def test_penalties_are_evaluated_for_each_member() -> None:
 
     many = ensemble("ae", objective=Objective(penalties={"norm": Norm(0.5)}))
     batch = cells()[::4]
-    losses = many.losses(batch, [{}])
+    losses = many.losses(batch, {})
     for k in range(3):
         many.load_member(k)
         with torch.no_grad():
@@ -163,8 +163,8 @@ def test_each_members_noise_comes_from_its_own_generator() -> None:
     first, second = many.noise(batch), many.noise(batch)
     for k, seed in enumerate(SEEDS):
         generator = torch.Generator().manual_seed(seed)
-        assert torch.equal(first["z"][k], torch.randn((6, 3), generator=generator))
-        assert torch.equal(second["z"][k], torch.randn((6, 3), generator=generator))
+        assert torch.equal(first["z"][k, 0], torch.randn((6, 3), generator=generator))
+        assert torch.equal(second["z"][k, 0], torch.randn((6, 3), generator=generator))
     again = many.noise(batch, [torch.Generator().manual_seed(9) for _ in SEEDS])
     assert torch.equal(again["z"][0], again["z"][2])
 
@@ -205,25 +205,25 @@ def test_transforms_of_normal_sites_are_drawn_from_their_own_noise_too() -> None
     batch = cells()[:5]
     noise = many.noise(batch)
     assert {name: tuple(value.shape) for name, value in noise.items()} == {
-        "flat": (2, 2), "rate": (2, 2), "share": (2, 3), "size": (2, 5)
+        "flat": (2, 1, 2), "rate": (2, 1, 2), "share": (2, 1, 3), "size": (2, 1, 5)
     }  # fmt: skip
     many.load_member(1)
     world = system.objective.world(
-        system.model.forward, system.guide.forward, batch, [_Noise({n: v[1] for n, v in noise.items()})]
+        system.model.forward, system.guide.forward, batch, [_Noise({n: v[1, 0] for n, v in noise.items()})]
     )
     loc = many.parameters["guide.loc"][1].detach()
     values = {name: site["value"].detach() for name, site in world.guide.items()}
-    torch.testing.assert_close(values["flat"], loc[:2] + 2 * noise["flat"][1])
-    torch.testing.assert_close(values["rate"], (loc[:2] + 0.5 * noise["rate"][1]).exp())
-    torch.testing.assert_close(values["size"], (loc[0] + 0.1 * noise["size"][1]).exp())
+    torch.testing.assert_close(values["flat"], loc[:2] + 2 * noise["flat"][1, 0])
+    torch.testing.assert_close(values["rate"], (loc[:2] + 0.5 * noise["rate"][1, 0]).exp())
+    torch.testing.assert_close(values["size"], (loc[0] + 0.1 * noise["size"][1, 0]).exp())
     assert values["share"].shape == (4,)
     assert float(values["share"].sum()) == pytest.approx(1.0)
-    expected = torch.distributions.StickBreakingTransform()(loc + noise["share"][1])
+    expected = torch.distributions.StickBreakingTransform()(loc + noise["share"][1, 0])
     torch.testing.assert_close(values["share"], expected)
     torch.manual_seed(0)
-    first = many.losses(batch, [noise])["loss"]
+    first = many.losses(batch, noise)["loss"]
     torch.manual_seed(1)
-    assert torch.equal(first, many.losses(batch, [noise])["loss"])  # nothing is left to torch's own generator
+    assert torch.equal(first, many.losses(batch, noise)["loss"])  # nothing is left to torch's own generator
 
 
 def test_transforms_of_transforms_are_applied_from_the_inside_out() -> None:
@@ -345,14 +345,20 @@ def test_a_members_parameters_can_be_put_into_the_modules() -> None:
     assert all(bool((p == 3).all()) for p in many.system.parameters())
 
 
-def test_buffers_are_shared() -> None:
+def test_every_member_has_a_temperature_of_its_own_and_shares_the_other_buffers() -> None:
     many = ensemble("environment_vae")
-    assert set(many.buffers()) == {name for name, _ in many.system.named_buffers()}
+    name = "model.prior.sparsifier.temperature"
+    assert set(many.parameters) == {name, *(n for n, _ in many.system.named_parameters())}
     batch = cells()[::4]
-    noise = [many.noise(batch)]
+    noise = many.noise(batch)
     before = many.losses(batch, noise)["kl"]
-    many.buffers()["model.prior.sparsifier.temperature"].fill_(0.01)
-    assert bool((many.losses(batch, noise)["kl"] != before).all())
+    many.parameters[name].data[1] = 0.01
+    assert (many.losses(batch, noise)["kl"] != before).tolist() == [False, True, False]
+    many.load_member(1)
+    assert float(many.system.get_buffer(name)) == pytest.approx(0.01)
+    spread = many.system.get_buffer("guide.local.z.spread")
+    spread.mul_(2)
+    assert bool((many.losses(batch, noise)["loss"] != before).all())
 
 
 # ---------------------------------------------------------------------- adversaries
@@ -367,9 +373,9 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     turns: list[bool] = []
     losses = Ensemble.losses
 
-    def counted(self: Ensemble, *args: Any, critics: bool = False, **options: Any) -> dict[str, Tensor]:
+    def counted(self: Ensemble, batch: Any, noise: Any, weight: Any, critics: bool, *args: Any) -> dict[str, Tensor]:
         turns.append(critics)
-        return losses(self, *args, critics=critics, **options)
+        return losses(self, batch, noise, weight, critics, *args)
 
     monkeypatch.setattr(Ensemble, "losses", counted)
     return turns

@@ -64,7 +64,7 @@ def run_of(model: nn.Module, guide: nn.Module, cells: EnvironmentDataset) -> Run
         schema=cells.schema,
         environments=Environments.of(cells),
         history=pd.DataFrame(),
-        settings=Settings(0, 1, 1e-3, "constant", 0.0, None, None, 0.0, None, 1),
+        settings=Settings(0, 1, 1e-3, "constant", 1.0, 0.0, None, None, 0.0, None, 1),
         stopped=(0,),
         losses=(0.0,),
     )

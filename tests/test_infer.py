@@ -17,10 +17,12 @@ from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.ensemble import Ensemble, System
 from pyro_scm.errors import CheckpointError, DataError, ModelError, TrainingError
 from pyro_scm.feeding import Feeder
-from pyro_scm.infer import _Trainer, fit
+from pyro_scm.infer import fit, grid
 from pyro_scm.models import environment_vae
 from pyro_scm.objectives import Adversary, Objective
+from pyro_scm.recipes import load
 from pyro_scm.run import Run
+from pyro_scm.training import Trainer, _mixed
 from tests.screens import cells, doubles, make, train
 
 TRAINING = np.arange(100) % 4 > 0
@@ -44,8 +46,9 @@ def test_the_loss_falls_for_every_member(name: str, kind: str) -> None:
 
 def test_the_history_has_one_row_an_epoch_and_member() -> None:
     run = train(seeds=(4, 2), epochs=3, lr=0.01)
-    assert list(run.history) == ["epoch", "seed", "lr", "seconds", "loss", "reconstruction", "kl"]
+    assert list(run.history) == ["epoch", "member", "seed", "lr", "seconds", "loss", "reconstruction", "kl"]
     assert list(run.history["epoch"]) == [1, 1, 2, 2, 3, 3]
+    assert list(run.history["member"]) == [0, 1] * 3
     assert list(run.history["seed"]) == [4, 2] * 3
     assert set(run.history["lr"]) == {0.01}
     assert (run.history["seconds"] > 0).all()
@@ -57,7 +60,7 @@ def test_validation_and_penalties_have_columns_of_their_own() -> None:
     objective = Objective(penalties={"critic": Adversary(nn.Linear(3, 4), weight=0.1)})
     run = train("vae", training, validation=held, objective=objective, epochs=2)
     names = ["loss", "reconstruction", "kl"]
-    assert list(run.history)[4:] == [*names, "critic", *(f"validation_{name}" for name in names)]
+    assert list(run.history)[5:] == [*names, "critic", *(f"validation_{name}" for name in names)]
 
 
 def test_the_loss_is_the_mean_over_cells_of_the_negative_bound() -> None:
@@ -159,10 +162,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     losses = Ensemble.losses
 
-    def recorded(self: Ensemble, batch: Any, noise: Any, kl_weight: Any = None, **options: Any) -> dict[str, Tensor]:
-        temperatures = [float(b) for n, b in self.system.named_buffers() if n.endswith("temperature")]
-        made.append({"weight": kl_weight, "temperatures": temperatures, "cells": len(batch), "particles": len(noise)})
-        return losses(self, batch, noise, 1.0 if kl_weight is None else kl_weight, **options)
+    def recorded(self: Ensemble, batch: Any, noise: Any, weight: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
+        temperatures = [float(p[0]) for n, p in self.parameters.items() if n.endswith("temperature")]
+        made.append({"weight": float(weight[0]), "temperatures": temperatures, "cells": len(batch)})
+        return losses(self, batch, noise, weight, *args, **options)
 
     monkeypatch.setattr(Ensemble, "losses", recorded)
     return made
@@ -181,7 +184,7 @@ def test_without_warm_up_the_kl_counts_from_the_first_step(calls: list[dict[str,
 def test_validation_is_of_the_whole_bound_while_the_kl_warms_up(calls: list[dict[str, Any]]) -> None:
     training, held = halves()
     train("vae", training, validation=held, epochs=2, batch_size=75, kl_warmup=1.0)
-    assert [call["weight"] for call in calls] == [0.0, None, 0.5, None]
+    assert [call["weight"] for call in calls] == [0.0, 1.0, 0.5, 1.0]
     assert [call["cells"] for call in calls] == [75, 25, 75, 25]
 
 
@@ -246,16 +249,19 @@ def test_the_schedule_reaches_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> 
     assert rates == pytest.approx([0.2, 0.15, 0.05])
 
 
-def test_each_particle_has_noise_of_its_own(calls: list[dict[str, Any]]) -> None:
+def test_each_particle_has_noise_of_its_own() -> None:
     run = train("vae", epochs=1, batch_size=100, objective=Objective(particles=3), lr=1e-12, kl_warmup=0.0)
-    assert [call["particles"] for call in calls] == [3]
     model, guide = run.member(0)
     generator = torch.Generator().manual_seed(0)
-    noise = [{"z": torch.randn((100, 3), generator=generator)} for _ in range(3)]
     order = np.random.default_rng(0).permutation(100)
+    system = System(model, guide, Objective())
     with torch.no_grad():
-        expected = System(model, guide, Objective())(cells().batch(order), noise)
-    assert run.history["loss"].iloc[0] == pytest.approx(float(expected["loss"]), rel=1e-5)
+        each = [
+            float(system(cells().batch(order), {"z": torch.randn((1, 100, 3), generator=generator)})["loss"])
+            for _ in range(3)
+        ]
+    assert len(set(each)) == 3
+    assert run.history["loss"].iloc[0] == pytest.approx(np.mean(each), rel=1e-5)
 
 
 def test_weights_decay() -> None:
@@ -323,11 +329,11 @@ def scripted(patch: pytest.MonkeyPatch, losses: list[list[float]]) -> list[dict[
     """Validation losses as given, one row an epoch; returns the parameters after each epoch."""
     snapshots: list[dict[str, Tensor]] = []
 
-    def validate(self: _Trainer) -> dict[str, Any]:
+    def validate(self: Trainer) -> dict[str, Any]:
         snapshots.append({name: p.detach().clone() for name, p in self.ensemble.parameters.items()})
         return {"validation_loss": np.array(losses[self.epoch - 1])}
 
-    patch.setattr(_Trainer, "_validate", validate)
+    patch.setattr(Trainer, "_validate", validate)
     return snapshots
 
 
@@ -399,9 +405,9 @@ def test_the_validation_loss_is_the_bound_of_the_held_out_cells_with_the_same_no
             column = values[f"validation_{name}"]
             assert column[1, seed] == pytest.approx(column[2, seed], rel=1e-6)
     model, guide = run.member(0)
-    noise = torch.randn((25, 3), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((1, 25, 3), generator=torch.Generator().manual_seed(_mixed(0, 0)))
     with torch.no_grad():
-        expected = System(model, guide, Objective())(held.batch(), [{"z": noise}])
+        expected = System(model, guide, Objective())(held.batch(), {"z": noise})
     assert run.schema.cells == 75
     assert values["validation_loss"][2, 0] == pytest.approx(float(expected["loss"]), rel=1e-5)
     assert values["validation_kl"][2, 0] == pytest.approx(float(expected["kl"]), rel=1e-5)
@@ -569,8 +575,9 @@ def test_both_ways_feed_the_same_cells(monkeypatch: pytest.MonkeyPatch, size: in
     monkeypatch.undo()
     resident = list(Feeder(data, torch.device("cpu")).batches(size, order))
     assert [len(batch) for batch in resident] == [size] * (100 // size) + [100 % size]
-    assert all(len(batch.r) <= max(size, 4) for batch in resident)
-    assert min(len(batch.r) for batch in resident) == (4 if size == 30 else 1)
+    assert all(
+        len(batch.r) == (4 if size == 30 else 8) for batch in resident
+    )  # a multiple of 8 where some are left out
     for a, b in zip(fed, resident, strict=True):
         assert a.x is not None
         assert a.size is not None
@@ -600,15 +607,15 @@ class Interrupted(Exception):
 
 def interrupt(patch: pytest.MonkeyPatch, epoch: int, how: type[BaseException] = Interrupted) -> None:
     """Make a training break off in the middle of an epoch."""
-    step = _Trainer._step
+    step = Trainer._step
 
-    def stepping(self: _Trainer, *args: Any) -> Any:
+    def stepping(self: Trainer, *args: Any) -> Any:
         result = step(self, *args)
         if self.epoch == epoch - 1:
             raise how  # the parameters have changed, the epoch is not over
         return result
 
-    patch.setattr(_Trainer, "_step", stepping)
+    patch.setattr(Trainer, "_step", stepping)
 
 
 LONG: dict[str, Any] = {
@@ -668,7 +675,7 @@ def test_so_does_one_with_validation_patience_and_critics(tmp_path: Path, monkey
 
 def test_a_finished_training_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train("environment_vae", checkpoint=tmp_path, **LONG)
-    monkeypatch.setattr(_Trainer, "_one_epoch", lambda self: pytest.fail("an epoch was run"))
+    monkeypatch.setattr(Trainer, "_one_epoch", lambda self: pytest.fail("an epoch was run"))
     again = train("environment_vae", checkpoint=tmp_path, **LONG)
     assert_identical(whole, again)
     assert float(again.model.prior.sparsifier.temperature) == pytest.approx(0.2)  # type: ignore[arg-type,union-attr]
@@ -701,13 +708,13 @@ def test_a_checkpoint_is_a_run_that_can_be_loaded(tmp_path: Path) -> None:
 
 def test_saves_are_made_every_so_many_epochs_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    save = _Trainer.save
+    save = Trainer.save
 
-    def counted(self: _Trainer, folder: Path) -> None:
+    def counted(self: Trainer, folder: Path) -> None:
         saved.append(self.epoch)
         save(self, folder)
 
-    monkeypatch.setattr(_Trainer, "save", counted)
+    monkeypatch.setattr(Trainer, "save", counted)
     train("vae", epochs=5, checkpoint=tmp_path, checkpoint_every=2)
     assert saved[:3] == [2, 4, 5]
     assert set(saved[3:]) <= {5}
@@ -776,3 +783,49 @@ def test_bfloat16_changes_losses_by_less_than_their_noise() -> None:
     assert not np.array_equal(losses["bfloat16"], losses["float32"])
     with pytest.raises(ModelError, match=r"unknown precision 'half': use one of float32, bfloat16"):
         fit(model, amortise(model, screen), screen, precision="half")
+
+
+# ---------------------------------------------------------------------- members with settings of their own
+def test_members_may_differ_in_settings_and_are_what_they_would_be_alone() -> None:
+    own = {"lr": [0.01, 0.003, 0.01], "kl_weight": [1.0, 0.3, 2.0], "weight_decay": [0.0, 0.5, 0.1]}
+    own["temperature"] = [0.5, (4.0, 0.1), 1.0]  # type: ignore[list-item]
+    settings: dict[str, Any] = {"epochs": 4, "schedule": "cosine"}
+    together = train(seeds=(3, 3, 5), **settings, **own)
+    for k, seed in enumerate((3, 3, 5)):
+        alone = train(seeds=(seed,), **settings, **{name: values[k] for name, values in own.items()})
+        for name, value in alone.parameters.items():
+            torch.testing.assert_close(together.parameters[name][k], value[0], rtol=2e-3, atol=2e-5, msg=name)
+        mine = together.history[together.history["member"] == k]
+        np.testing.assert_allclose(mine["loss"], alone.history["loss"], rtol=1e-4)
+        np.testing.assert_allclose(mine["lr"], alone.history["lr"], rtol=1e-12)
+    parameters = together.parameters["model.likelihoods.0.net.0.weight"]
+    assert float((parameters[0] - parameters[1]).abs().max()) > 1e-3
+
+
+def test_a_grid_is_every_combination_and_the_run_tells_which_is_which(tmp_path: Path) -> None:
+    arguments = grid(seeds=(0, 1), lr=(0.01, 0.001), temperature=(1.0, (2.0, 0.5)))
+    assert arguments["seeds"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert arguments["lr"] == [0.01, 0.01, 0.001, 0.001] * 2
+    run = train(epochs=1, **arguments)
+    summary = run.summary()
+    assert list(summary) == ["seed", "loss", "epoch", "lr", "temperature"]
+    assert list(summary["lr"]) == arguments["lr"]
+    assert list(summary["temperature"]) == [(1.0, 1.0), (2.0, 0.5)] * 4
+    temperature = run.parameters["model.prior.sparsifier.temperature"]
+    assert temperature.tolist() == pytest.approx([1.0, 2.0] * 4)
+    run.save(tmp_path)
+    again = load(tmp_path)
+    assert again.settings == run.settings
+    assert again.summary().equals(summary)
+    assert list(train(epochs=1).summary()) == ["seed", "loss", "epoch"]
+
+
+def test_a_grid_varies_what_members_may_have_of_their_own() -> None:
+    with pytest.raises(ModelError, match="epochs is the same for all members: a grid may vary lr, kl_weight"):
+        grid(epochs=(1, 2))
+    with pytest.raises(ModelError, match="lr: 2 values for 3 members"):
+        train(seeds=(0, 1, 2), lr=(0.1, 0.2))
+    with pytest.raises(ModelError, match="give at least one, each once"):
+        train(seeds=(0, 0), lr=(0.1, 0.1))
+    with pytest.raises(ModelError, match=r"kl_weight = .*give 0 or a positive number"):
+        train(seeds=(0, 1), kl_weight=(0.1, -1.0))

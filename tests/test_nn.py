@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_scm.nn import FiLM, MaskedMLP, mlp, reset_parameters
+from pyro_scm.nn import FiLM, Joint, MaskedMLP, mlp, replicated, reset_parameters
 
 
 def test_a_network_is_linear_relu_linear() -> None:
@@ -157,3 +157,43 @@ def test_a_copy_keeps_the_mask_and_the_values() -> None:
     twin.load_state_dict(copy.deepcopy(net.state_dict()))
     c = torch.randn(5, 3)
     assert torch.equal(net(c), twin(c))
+
+
+# ---------------------------------------------------------------------- several inputs
+@pytest.mark.parametrize("hidden", [(), (5,), (5, 4)])
+def test_a_joint_network_is_one_of_the_inputs_side_by_side(hidden: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    joint, plain = Joint((3, 2), hidden, 4), mlp(5, hidden, 4)
+    with torch.no_grad():
+        plain[0].weight.copy_(torch.cat([part.weight for part in joint.parts], 1))
+        plain[0].bias.copy_(joint.parts[0].bias)
+        later = [module for module in joint.rest.modules() if isinstance(module, nn.Linear)]
+        for own, other in zip(later, [m for m in plain if isinstance(m, nn.Linear)][1:], strict=True):
+            other.load_state_dict(own.state_dict())
+    x, r, row = torch.randn(6, 3), torch.randn(2, 2), torch.tensor([0, 1, 1, 0, 0, 1])
+    expected = plain(torch.cat((x, r[row]), -1))
+    torch.testing.assert_close(joint(x, r[row]), expected)
+    torch.testing.assert_close(joint(x, r, rows=[None, row]), expected)
+
+
+def test_a_joint_network_starts_as_one_layer_of_all_inputs_does() -> None:
+    torch.manual_seed(0)
+    joint = Joint((300, 100), (50,), 4)
+    for part in joint.parts:
+        assert float(part.weight.detach().abs().max()) == pytest.approx(1 / 20, rel=0.01)
+    assert joint.parts[1].bias is None
+    assert float(joint.parts[0].bias.detach().abs().max()) <= 1 / 20
+
+
+def test_replicated_are_parameters_and_the_buffers_that_a_module_names() -> None:
+    class Scheduled(nn.Module):
+        replicated = ("level",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("level", torch.tensor(2.0))
+            self.register_buffer("other", torch.tensor(3.0))
+            self.weight = nn.Parameter(torch.ones(2))
+
+    assert set(replicated(Scheduled())) == {"level", "weight"}
+    assert set(replicated(nn.ModuleDict({"a": Scheduled()}))) == {"a.level", "a.weight"}

@@ -17,7 +17,7 @@ def blocks() -> list[str]:
 
 
 def test_example_runs_and_answers() -> None:
-    example, _ = blocks()
+    example, _, grid = blocks()
     namespace: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), namespace)
     worlds, run, idata = namespace["worlds"], namespace["run"], namespace["idata"]
@@ -25,11 +25,15 @@ def test_example_runs_and_answers() -> None:
     assert not np.allclose(worlds.factual_c[..., 3], 2.0)
     assert len(run) == 3
     assert dict(idata.posterior.sizes) == {"chain": 3, "draw": 100, "cell": 20, "node": 4}
+    exec(compile(grid, "README.md", "exec"), namespace)
+    summary = namespace["run"].summary()
+    assert len(summary) == 20
+    assert len(summary[["seed", "lr", "kl_weight"]].drop_duplicates()) == 20
 
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
-    _, model = blocks()
+    _, model, _ = blocks()
     path = tmp_path / "my_model.py"
     path.write_text(model)
     return path

@@ -242,7 +242,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_settings_say_how_a_run_was_trained() -> None:
     run = train("vae", epochs=2, batch_size=33, lr=0.004, schedule="cosine", temperature=0.5, weight_decay=0.25)
     expected = Settings(
-        epochs=2, batch_size=33, lr=0.004, schedule="cosine", kl_warmup=0.1, temperature=(0.5, 0.5), clip=100.0,
+        epochs=2, batch_size=33, lr=0.004, schedule="cosine", kl_weight=1.0, kl_warmup=0.1,
+        temperature=(0.5, 0.5), clip=100.0,
         weight_decay=0.25, patience=None, critic_steps=1,
     )  # fmt: skip
     assert run.settings == expected

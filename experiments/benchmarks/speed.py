@@ -9,7 +9,9 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -21,10 +23,13 @@ from experiments.launch import ROOT
 from guides import amortise
 from pyro_scm import models
 from pyro_scm.checkpoints import write_text
+from pyro_scm.coordinates import InCausalVariables
 from pyro_scm.data import synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.infer import fit
+from pyro_scm.objectives import ImportanceWeighted, Objective
 from pyro_scm.query import sweep
+from pyro_scm.training import Trainer
 
 GENES, LATENT, HIDDEN, BITS, DRUGS = 978, 200, 500, 1024, 200
 
@@ -58,23 +63,43 @@ def steps(
     latent: int = LATENT,
     hidden: int = HIDDEN,
     seeds: Sequence[int] = (0,),
+    objective: Objective | None = None,
+    causal: bool = False,
     **options: object,
 ) -> Callable[[int], float]:
-    """A function: epochs -> processor seconds of a step of `fit`, the work of starting it left out."""
+    """A function: epochs -> median processor seconds of a step of `fit`, once its steps have been recorded."""
 
     def timed(epochs: int) -> float:
         model = getattr(models, name)(
             cells.schema, latent=latent, hidden=(hidden,), environment_hidden=(hidden,), **options
         )
+        model = InCausalVariables(model) if causal else model
         guide = amortise(model, cells, hidden=(hidden,))
-        clocks = []
-        for total in (1, 1 + epochs):
-            start = time.process_time()
-            fit(model, guide, cells, seeds=seeds, epochs=total, batch_size=size, precision=precision, progress=False)
-            clocks.append(time.process_time() - start)
-        return (clocks[1] - clocks[0]) / (epochs * -(-len(cells) // size))
+        number = -(-len(cells) // size)
+        warm = -(-100 // number)
+        with epoch_clock() as clocks:
+            fit(
+                model, guide, cells, seeds=seeds, epochs=warm + epochs, batch_size=size, precision=precision,
+                objective=objective, progress=False,
+            )  # fmt: skip
+        return float(np.median(clocks[warm:])) / number
 
     return timed
+
+
+@contextmanager
+def epoch_clock() -> Iterator[list[float]]:
+    """Processor seconds of each epoch that is trained inside."""
+    clocks: list[float] = []
+    one_epoch = Trainer._one_epoch
+
+    def timed(self: Trainer) -> None:
+        start = time.process_time()
+        one_epoch(self)
+        clocks.append(time.process_time() - start)
+
+    with mock.patch.object(Trainer, "_one_epoch", timed):
+        yield clocks
 
 
 def reference(training: Training, number: int) -> float:
@@ -122,6 +147,11 @@ def part_rows(repeats: int) -> Iterator[dict[str, object]]:
             "negative binomial": lambda: steps(counts, 512)(2),
             "linear SCM": lambda: steps(cells, 512, structured)(2),
             "layered networks, depth 5": lambda: steps(cells, 512, structured, mechanism="network", depth=5)(2),
+            "the same, guide proposes c": lambda: steps(
+                cells, 512, structured, causal=True, mechanism="network", depth=5
+            )(2),
+            "5 particles": lambda: steps(cells, 512, objective=Objective(particles=5))(2),
+            "5 importance-weighted": lambda: steps(cells, 512, objective=ImportanceWeighted(5))(2),
         },
         repeats,
     )

@@ -21,6 +21,7 @@ from pyro_scm.cli.models import add as add_models
 from pyro_scm.cli.parsing import Formatter, Parser, ShowVersion, add_general
 from pyro_scm.cli.predict import add as add_predict
 from pyro_scm.cli.simulate import add as add_simulate
+from pyro_scm.cli.tune import add as add_tune
 from pyro_scm.errors import PyroScmError
 
 __all__ = ["build_parser", "main"]
@@ -52,6 +53,7 @@ VERBS = (
     add_counterfactual,
     add_embed,
     add_compare,
+    add_tune,
     add_demo,
     add_data,
 )

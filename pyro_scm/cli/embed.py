@@ -46,10 +46,14 @@ def run(args: Namespace) -> None:
     """Embed and write."""
     out = claim(args.out, ".h5ad", [args.data])
     import pyro_scm
+    from pyro_scm.data.stored import StoredCells
 
     fitted, memory = load_run(args.folder, args.model)
     adata, cells = cells_for(fitted, memory, args)
     found = pyro_scm.embed(fitted, cells)
+    if isinstance(adata, StoredCells):
+        adata = adata.annotation()
+        remark(args, "note: expression stays where it is; the file that is written holds obs, var, obsm and uns")
     for name in ("z", "c"):
         if name in adata.obsm:
             adata.obsm[f"{name}_before"] = adata.obsm[name]

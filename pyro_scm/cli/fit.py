@@ -50,10 +50,12 @@ EXAMPLES = """\
 --representation uns:descriptors --latent 5 --seeds 2 --hold-out env_09,env_10 --epochs 30 --out run
   pyro-scm fit sim.h5ad --resume --epochs 60 --out run
 
+
 examples with data of your own:
   pyro-scm fit drugs.h5ad --model environment_vae --environment drug --control DMSO --dose dose_uM \
 --representation morgan:smiles,dose --genes 2000 --hold-out vorinostat --out drugs_run
   pyro-scm fit drugs.h5ad --model my_model.py:build --environment drug --control DMSO --option depth=3 --out my_run
+  pyro-scm fit atlas.h5ad --model environment_vae --environment drug --control DMSO --devices 4 --out atlas_run
 """
 
 TRAINING = {"seeds": (0, 1, 2), "epochs": 100, "batch_size": 128, "lr": 1e-3}
@@ -148,6 +150,20 @@ def add_training_options(parser: Parser) -> None:
         help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one",
     )
     if parser.prog.endswith(" fit"):
+        add(
+            "--devices",
+            metavar="N",
+            type=whole,
+            help="processes that train together on this machine, one a GPU (or one a share of the CPU's cores); needs "
+            "pyro-scm[distributed]. The result is that of one process, to rounding (default: 1)",
+        )
+        add(
+            "--nodes",
+            metavar="M",
+            type=whole,
+            help="machines that train together: start the same command on each, with MASTER_ADDR, MASTER_PORT and "
+            "NODE_RANK set, or under Slurm (default: 1)",
+        )
         add("--checkpoint-every", metavar="N", type=whole, default=10, help="epochs between savings of the training")
         add(
             "--resume",
@@ -163,12 +179,18 @@ def run(args: Namespace) -> None:
     memory = _resumed(args, out) if args.resume else _planned(args, out)
     check_device(args.device)
     import pyro_scm
+    from pyro_scm import parallel
 
+    several = (args.devices or 1) * (args.nodes or 1) > 1
+    fabric = parallel.launch(args.devices or 1, args.nodes or 1, args.device) if several else None
+    first = parallel.is_first(fabric)
+    args.quiet |= not first
     adata, cells = read(args.data, memory.data)
     cells = represented(args.data, adata, cells, memory.data)
     train, validation, test = parts(args.data, cells, memory)
     model, guide = make(memory.model, train.schema, memory.options)
-    replace(memory, data=replace(memory.data, counts=cells.counts)).save(out)
+    if first:
+        replace(memory, data=replace(memory.data, counts=cells.counts)).save(out)
     for line in (*_described(train, validation, test), *_salts(cells)):
         remark(args, line)
     fitted = pyro_scm.fit(
@@ -177,12 +199,14 @@ def run(args: Namespace) -> None:
         train,
         validation=validation,
         device=args.device,
+        fabric=fabric,
         checkpoint=out,
         checkpoint_every=args.checkpoint_every,
         progress=False if args.quiet else None,
         **memory.training,
     )
-    _report(fitted.to("cpu"), test, args)
+    if first:
+        _report(fitted.to("cpu"), test, args)
 
 
 def _salts(cells: "EnvironmentDataset") -> Iterator[str]:
@@ -406,13 +430,14 @@ def losses(fitted: "Run", cells: "EnvironmentDataset", size: int = 1024) -> Sequ
     import pyro
     import torch
 
+    from pyro_scm.chance import forked
     from pyro_scm.objectives import Objective
 
     objective, result = Objective(), []
     for k in range(len(fitted)):
         model, guide = fitted.member(k)
         total = 0.0
-        with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        with forked(), pyro.validation_enabled(False):
             torch.manual_seed(0)
             for batch in cells.batches(size):  # the loss of a batch estimates that of all cells
                 total += objective.loss(model, guide, batch) / batch.total * len(batch)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyro_scm.cli.parsing import Parser, names, natural, path, whole
 from pyro_scm.errors import CheckpointError, DataError, listing
@@ -213,8 +213,11 @@ def add_data_options(parser: Parser) -> None:
 
 
 # ---------------------------------------------------------------------- data files
+_LARGE = 1 << 30  # bytes of a file: in memory it takes several times as much
+
+
 def read(file: Path, options: DataOptions, *, absent_controls: bool = False) -> "tuple[AnnData, EnvironmentDataset]":
-    """An h5ad file and its cells.
+    """A file and its cells; the expression of a large file, a zarr folder or a GCTX file stays on disk.
 
     Args:
         file: its path.
@@ -225,8 +228,10 @@ def read(file: Path, options: DataOptions, *, absent_controls: bool = False) -> 
         DataError: names the file, and the column or value at fault.
     """
     from pyro_scm.data.dataset import UNS_KEY, EnvironmentDataset, read_h5ad
+    from pyro_scm.data.stored import StoredCells
 
-    adata = read_h5ad(file)
+    stays = file.is_dir() or file.suffix == ".gctx" or (file.is_file() and file.stat().st_size > _LARGE)
+    adata = cast("AnnData", StoredCells(file)) if stays else read_h5ad(file)
     try:
         if options.environment is None:
             if UNS_KEY not in adata.uns:

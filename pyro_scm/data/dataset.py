@@ -2,10 +2,11 @@
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_scm.batch import Batch, Schema, Statistics
-from pyro_scm.data.checks import check_matrix, check_names, looks_like_counts
+from pyro_scm.data.checks import check_matrix, check_names, survey
 from pyro_scm.data.representations import Representation, represent
+from pyro_scm.data.stored import Matrix, StoredCells, StoredMatrix, Values, blocks
 from pyro_scm.errors import DataError, listing, nearest
 
 if TYPE_CHECKING:
@@ -24,9 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EnvironmentDataset"]
 
-Matrix: TypeAlias = "NDArray[Any] | sp.csr_matrix"
-
 UNS_KEY = "pyro_scm"
+_LOADED_BYTES = 2 << 30  # of stored expression, dense, that is read into memory without being asked to
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,8 @@ class EnvironmentDataset:
     """N cells in E environments.
 
     Args:
-        x: ``[N, G]`` expression, dense or CSR: counts, or continuous values (log1p-normalised, z-scores, ...).
+        x: ``[N, G]`` expression, dense, CSR or left on disk: counts, or continuous values (log1p-normalised, z-scores,
+            ...).
         env: ``[N]`` int64, each cell's environment.
         environments: E rows, indexed by the environment's name, with columns perturbation (``A+B`` for a combination),
             dose (uM), time (h), cell_line, smiles, targets and is_reference.
@@ -124,8 +126,9 @@ class EnvironmentDataset:
         check_names(adata)
         x = _matrix(adata, layer)
         where = f"layer {layer!r}" if layer else "X"
-        is_counts = looks_like_counts(x) if counts is None else counts
-        check_matrix(x, adata.obs_names, adata.var_names, counts=is_counts, where=where, all_zero=size is not None)
+        found = survey(blocks(x))
+        is_counts = found.counts if counts is None else counts
+        found.check(adata.obs_names, adata.var_names, counts=is_counts, where=where, all_zero=size is not None)
         columns = {"dose": dose, "time": time, "cell_line": cell_line}
         table, env = _environment_table(
             adata.obs, environment, control, {k: v for k, v in columns.items() if v}, smiles, targets, separator
@@ -143,7 +146,7 @@ class EnvironmentDataset:
             obs=adata.obs.copy(),
             var=adata.var.copy(),
             counts=is_counts,
-            size=_library_size(adata.obs, x, size, is_counts, adata.obs_names),
+            size=_library_size(adata.obs, found.totals, size, is_counts),
             covariates=codes,
             categories=categories,
             y=y,
@@ -155,7 +158,8 @@ class EnvironmentDataset:
     def _restore(cls, adata: "AnnData", stored: Mapping[str, Any]) -> "EnvironmentDataset":
         check_names(adata)
         x, counts = _matrix(adata, None), bool(stored["counts"])
-        check_matrix(x, adata.obs_names, adata.var_names, counts=counts, all_zero=True)
+        found = survey(blocks(x))
+        found.check(adata.obs_names, adata.var_names, counts=counts, all_zero=True)
         table = stored["environments"].copy()
         table["is_reference"] = table["is_reference"].astype(bool)
         table["dose"] = _stored_doses(table["dose"])
@@ -173,7 +177,7 @@ class EnvironmentDataset:
             obs=adata.obs.copy(),
             var=adata.var.copy(),
             counts=counts,
-            size=_library_size(adata.obs, x, "size", counts, adata.obs_names),
+            size=_library_size(adata.obs, found.totals, "size", counts),
             covariates={name: _stored_codes(adata.obs, name, values) for name, values in categories.items()},
             categories=categories,
             y=y,
@@ -195,7 +199,8 @@ class EnvironmentDataset:
             table[column] = table[column].astype(object).where(table[column].notna(), "").astype(str)
         if table["dose"].map(lambda dose: isinstance(dose, str)).any():  # nor columns of numbers and texts
             table["dose"] = table["dose"].map(str)
-        adata = AnnData(X=self.x.copy(), obs=obs, var=self.var.copy())
+        x = self.x.load() if isinstance(self.x, StoredMatrix) else self.x.copy()
+        adata = AnnData(X=x, obs=obs, var=self.var.copy())
         if self.y is not None:
             adata.obsm["protein"] = self.y.copy()
         adata.uns[UNS_KEY] = {
@@ -214,10 +219,30 @@ class EnvironmentDataset:
     def read(cls, path: str | Path, **options: Any) -> "EnvironmentDataset":
         """`from_anndata` of an h5ad file; every error names the file."""
         adata = read_h5ad(path)
-        try:
+        with _naming(path):
             return cls.from_anndata(adata, **options)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+
+    @classmethod
+    def open(cls, path: str | Path, *, obs: pd.DataFrame | None = None, **options: Any) -> "EnvironmentDataset":
+        """`from_anndata` of a file whose expression stays on disk and is read when it is asked for.
+
+        The file must stay as it is. Its values are checked once, in blocks; annotation is in memory.
+
+        Args:
+            path: an .h5ad file or zarr folder that AnnData wrote, X or the layer dense or CSR; or a GCTX file, with
+                obs and var from its metadata as `pyro_scm.data.gct.read_gctx` has them.
+            obs: annotation by cell name, instead of the file's own.
+            **options: of `from_anndata`.
+
+        Raises:
+            DataError: see `from_anndata`; no such file, a damaged one, or one stored gene by gene (CSC).
+        """
+        with closing(StoredCells(path, obs)) as cells, _naming(path):
+            return cls.from_anndata(cast("AnnData", cells), **options)
+
+    def load(self) -> "EnvironmentDataset":
+        """The same cells with their expression in memory."""
+        return replace(self, x=self.x.load()) if isinstance(self.x, StoredMatrix) else self
 
     # ------------------------------------------------------------------ sizes and names
     def __len__(self) -> int:
@@ -247,9 +272,8 @@ class EnvironmentDataset:
     def schema(self) -> Schema:
         """Names, sizes and statistics of these cells. Take it from the training split: the statistics are its own."""
         depth = float(np.median(self.size)) if self.counts else 1.0
-        mean, scale = _moments(self.normalised(depth))
-        total = np.asarray(self.x.sum(0), np.float64).ravel() + 1.0 if self.counts else np.zeros(self.x.shape[1])
-        proportion = total / total.sum() if self.counts else total
+        mean, scale, total = self._moments(depth)
+        proportion = (total + 1.0) / (total + 1.0).sum() if self.counts else np.zeros(len(total))
         return Schema(
             genes=self.genes,
             environments=tuple(str(n) for n in self.environments.index),
@@ -276,8 +300,13 @@ class EnvironmentDataset:
         The plate's size is the number of cells in this data set, so a mini-batch's loss estimates the whole set's.
         """
         rows = np.arange(len(self)) if index is None else np.asarray(index, dtype=np.int64).copy()
-        x = self.x[rows]
-        dense = x.toarray() if sp.issparse(x) else np.asarray(x)
+        x: Any = self.x[rows]
+        dense = x if isinstance(x, np.ndarray) else x.toarray()
+        return replace(self.labels(rows), x=torch.as_tensor(dense.astype(np.float32, copy=False)))
+
+    def labels(self, index: Tensor | NDArray[np.int64] | None = None) -> Batch:
+        """What is known of cells besides their expression: a `batch` whose x is None."""
+        rows = np.arange(len(self)) if index is None else np.asarray(index, dtype=np.int64).copy()
         env = self.env[rows]
         if len(self.environments) <= max(len(rows), 64):  # the whole table is cheaper than looking for duplicates
             distinct, row = np.arange(len(self.environments)), env
@@ -290,7 +319,6 @@ class EnvironmentDataset:
             r=torch.as_tensor(self.representation[distinct]),
             perturbed=torch.as_tensor((~self.reference[distinct]).astype(np.float32)),
             total=len(self),
-            x=torch.as_tensor(dense.astype(np.float32, copy=False)),
             y=None if self.y is None else torch.as_tensor(self.y[rows]),
             size=torch.as_tensor(self.size[rows]) if self.counts else None,
             covariates={name: torch.as_tensor(codes[rows]) for name, codes in self.covariates.items()},
@@ -302,26 +330,53 @@ class EnvironmentDataset:
         for start in range(0, len(rows), size):
             yield self.batch(rows[start : start + size])
 
-    def normalised(self, depth: float | None = None) -> Matrix:
+    def normalised(self, depth: float | None = None) -> Values:
         """``[N, G]`` log1p(x / size * depth) where x holds counts, else x itself; sparse stays sparse.
 
         Args:
             depth: counts a cell is scaled to; by default the median library size of these cells.
+
+        Raises:
+            DataError: x is on disk and would take more than 2 GiB in memory; `normalised_blocks` reads it in parts.
         """
-        if not self.counts:
-            return self.x
-        factor = (depth or float(np.median(self.size))) / self.size
-        if sp.issparse(self.x):
-            scaled: Matrix = sp.csr_matrix(sp.diags(factor) @ self.x).log1p().astype(np.float32)
-            return scaled
-        dense: Matrix = np.log1p(self.x * factor[:, None]).astype(np.float32)
-        return dense
+        x = self.x.load(_LOADED_BYTES) if isinstance(self.x, StoredMatrix) else self.x
+        return _scaled(x, self._factor(depth)) if self.counts else x
+
+    def normalised_blocks(self, depth: float | None = None) -> Iterator[tuple[int, Values]]:
+        """`normalised` in parts: (first row, rows), in order."""
+        factor = self._factor(depth)
+        for start, x in blocks(self.x):
+            yield start, _scaled(x, factor[start : start + x.shape[0]]) if self.counts else x
 
     def mean_expression(self, depth: float | None = None) -> pd.DataFrame:
         """Mean normalised expression, one row for each environment that has cells, one column a gene."""
-        values = self.normalised(depth)
-        rows = [np.asarray(values[self.env == e].mean(0)).ravel() for e in self.present]
-        return pd.DataFrame(np.stack(rows), index=self.environments.index[self.present], columns=list(self.genes))
+        present, place, number = np.unique(self.env, return_inverse=True, return_counts=True)
+        total = np.zeros((len(present), self.x.shape[1]))
+        for start, x in self.normalised_blocks(depth):
+            here, row = np.unique(place[start : start + x.shape[0]], return_inverse=True)
+            member = sp.csr_matrix((np.ones(len(row)), (row, np.arange(len(row)))))
+            total[here] += _dense(member @ x.astype(np.float64))
+        mean = (total / number[:, None]).astype(np.float32)
+        return pd.DataFrame(mean, index=self.environments.index[present], columns=list(self.genes))
+
+    def _factor(self, depth: float | None) -> NDArray[np.float32]:
+        """What each cell's counts are multiplied by."""
+        return (depth or float(np.median(self.size))) / self.size
+
+    def _moments(self, depth: float) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Each gene's mean and standard deviation (1 where it is constant), normalised, and its total of x."""
+        mean, square, total = np.zeros((3, self.x.shape[1]))
+        factor = self._factor(depth)
+        for start, x in blocks(self.x):
+            if self.counts:
+                total += np.asarray(x.sum(0, dtype=np.float64)).ravel()
+                x = _scaled(x, factor[start : start + x.shape[0]])
+            x = x.astype(np.float64)
+            mean += np.asarray(x.sum(0)).ravel()
+            square += np.asarray(x.multiply(x).sum(0)).ravel() if sp.issparse(x) else np.einsum("ij,ij->j", x, x)
+        mean /= len(self)
+        scale = np.sqrt(np.maximum(square / len(self) - mean**2, 0))
+        return mean, np.where(scale < 1e-6 * np.maximum(1, np.abs(mean)), 1.0, scale), total
 
     # ------------------------------------------------------------------ other data sets from this one
     def subset(self, rows: NDArray[Any]) -> "EnvironmentDataset":
@@ -387,7 +442,32 @@ class EnvironmentDataset:
         return replace(self, representation=r, features=tuple(features))
 
 
+def _scaled(x: Values, factor: NDArray[np.float32]) -> Values:
+    """log1p of counts times a factor for each cell."""
+    if sp.issparse(x):
+        scaled = x.copy()
+        scaled.data = np.log1p(x.data * np.repeat(factor, np.diff(x.indptr))).astype(np.float32)
+        return scaled
+    dense: Values = np.log1p(x * factor[:, None]).astype(np.float32)
+    return dense
+
+
+def _dense(x: Any) -> NDArray[Any]:
+    return x if isinstance(x, np.ndarray) else np.asarray(x.toarray())
+
+
 # ---------------------------------------------------------------------- reading the parts
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Errors that do not name the file yet."""
+    try:
+        yield
+    except DataError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise DataError(f"{path}: {error}") from error
+
+
 def read_h5ad(path: str | Path) -> "AnnData":
     """An h5ad file as AnnData.
 
@@ -413,6 +493,8 @@ def _matrix(adata: "AnnData", layer: str | None) -> Matrix:
     x: Any = adata.layers[layer] if layer else adata.X
     if x is None:
         raise DataError("X is empty: give an AnnData with expression in X, or name a layer")
+    if isinstance(x, StoredMatrix):
+        return x
     if sp.issparse(x):
         sparse: Matrix = sp.csr_matrix(cast(Any, x))
         return sparse
@@ -587,27 +669,16 @@ def _proteins(adata: "AnnData", key: str | None) -> tuple[NDArray[np.float32] | 
     return dense.astype(np.float32), tuple(str(n) for n in names)
 
 
-def _library_size(
-    obs: pd.DataFrame, x: Matrix, column: str | None, counts: bool, cells: "pd.Index[Any]"
-) -> NDArray[np.float32]:
+def _library_size(obs: pd.DataFrame, totals: NDArray[Any], column: str | None, counts: bool) -> NDArray[np.float32]:
     if column is None:
-        return np.asarray(x.sum(1), np.float32).ravel() if counts else np.ones(x.shape[0], np.float32)
+        return totals.astype(np.float32) if counts else np.ones(len(totals), np.float32)
     if column not in obs:
         raise DataError(f"no obs column {column!r} for the library size: this AnnData has {listing(obs.columns, 20)}")
     size = pd.to_numeric(obs[column].astype(object), errors="coerce").to_numpy(dtype=np.float32)
     bad = ~(np.isfinite(size) & (size > 0))
     if bad.any():
         raise DataError(
-            f"library size {column!r} is not positive in {int(bad.sum())} cells ({listing(cells[bad])}): "
+            f"library size {column!r} is not positive in {int(bad.sum())} cells ({listing(obs.index[bad])}): "
             "filter them out, or leave the column out to use each cell's total count"
         )
     return size
-
-
-def _moments(x: Matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation of each gene (1 where it is constant), summed in float64."""
-    x = x.astype(np.float64)
-    mean = np.asarray(x.mean(axis=0)).ravel()
-    square = np.asarray(x.multiply(x).mean(axis=0)).ravel() if sp.issparse(x) else np.einsum("ij,ij->j", x, x) / len(x)
-    scale = np.sqrt(np.maximum(square - mean**2, 0))
-    return mean, np.where(scale < 1e-6 * np.maximum(1, np.abs(mean)), 1.0, scale)

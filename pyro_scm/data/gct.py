@@ -23,7 +23,7 @@ from pyro_scm.errors import DataError, listing
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["read", "read_gct", "read_gctx"]
+__all__ = ["gctx_matrix", "gctx_table", "read", "read_gct", "read_gctx"]
 
 Selection: TypeAlias = (
     "Sequence[str] | Sequence[int] | NDArray[Any] | pd.Index[Any] | pd.Series[Any] | slice "
@@ -118,9 +118,9 @@ def read_gctx(path: str | Path, *, rows: Selection = None, columns: Selection = 
         if path.is_file() and not h5py.is_hdf5(path):
             raise DataError(f"{path} is not an HDF5 file: a GCTX is HDF5 (unpack a .gz first; read_gct reads text)")
         with h5py.File(path, "r") as file:
-            matrix = _gctx_matrix(file, path)
-            obs = _gctx_table(file, "0/META/COL", matrix.shape[0], path)
-            var = _gctx_table(file, "0/META/ROW", matrix.shape[1], path)
+            matrix = gctx_matrix(file, path)
+            obs = gctx_table(file, "0/META/COL", matrix.shape[0], path)
+            var = gctx_table(file, "0/META/ROW", matrix.shape[1], path)
             genes = _positions(rows, var, f"{path}: rows")
             samples = _positions(columns, obs, f"{path}: columns")
             x = _gctx_values(matrix, samples, genes)
@@ -257,7 +257,12 @@ def _number(cell: str, where: str, sample: str) -> float:
         raise DataError(f"{where}, sample {sample!r}: {cell[:40]!r} is not a number") from None
 
 
-def _gctx_matrix(file: Any, path: Path) -> Any:
+def gctx_matrix(file: Any, path: Path) -> Any:
+    """The dataset of an open GCTX file's values, samples x genes.
+
+    Raises:
+        DataError: none, or of another form.
+    """
     matrix = file.get("0/DATA/0/matrix")
     if matrix is None or not hasattr(matrix, "dtype"):
         raise DataError(f"{path} has no dataset 0/DATA/0/matrix: it is HDF5, but no GCTX")
@@ -268,7 +273,7 @@ def _gctx_matrix(file: Any, path: Path) -> Any:
     return matrix
 
 
-def _gctx_table(file: Any, group: str, length: int, path: Path) -> pd.DataFrame:
+def gctx_table(file: Any, group: str, length: int, path: Path) -> pd.DataFrame:
     """The datasets of one META group as a table, by ``id``."""
     if f"{group}/id" not in file:
         raise DataError(f"{path} has no dataset {group}/id: a GCTX names its samples in COL/id and its genes in ROW/id")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyro_scm import graphs
 from pyro_scm.batch import Batch, Schema, Statistics
+from pyro_scm.chance import forked
 from pyro_scm.errors import DataError, listing
 from pyro_scm.likelihoods import Gaussian, Likelihood, NegativeBinomialLikelihood
 from pyro_scm.model import LatentModel
@@ -119,7 +120,7 @@ def simulate(screen: Screen | None = None, **settings: Any) -> "AnnData":
     model = _model(screen, rng, tables)
     env = np.repeat(np.arange(screen.environments), screen.cells)
     size = rng.lognormal(np.log(screen.depth), 0.3, len(env)) if screen.observation != "gaussian" else None
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+    with forked(), torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(screen.seed)
         trace = poutine.trace(model).get_trace(world(screen.environments, env, size=size))
     values = {site: trace.nodes[site]["value"].numpy() for site in (Z, C, X)}
@@ -336,7 +337,7 @@ class _Tempered(nn.Module):
 
 def _model(screen: Screen, rng: np.random.Generator, tables: dict[str, Any]) -> LatentModel:
     gain = torch.as_tensor(tables["gain"])
-    with torch.random.fork_rng(devices=[]):  # parts draw initial values, which are then replaced
+    with forked():  # parts draw initial values, which are then replaced
         model = LatentModel(
             prior=TablePrior(torch.as_tensor(tables["shift"]), torch.as_tensor(tables["scale"])),
             scm=_causal_layer(screen, rng),

@@ -183,17 +183,31 @@ class Objective(ELBO):  # type: ignore[misc]
             elif name not in world.guide:
                 raise ModelError(f"the guide has no site {name!r}: it must sample every latent site of the model")
             else:
-                kl = kl + _divergence(world.guide[name], site)
+                kl = kl + divergence(world.guide[name], site)
         penalties = {name: penalty(world) for name, penalty in self.penalties.items()}
         return Terms(reconstruction, kl, penalties)
 
+    def parts(self, world: World) -> dict[str, Tensor]:
+        """What one particle contributes to the loss; `combine` takes these of all particles."""
+        terms = self.terms(world)
+        return {"reconstruction": terms.reconstruction, "kl": terms.kl, **terms.penalties}
+
+    def combine(self, parts: Mapping[str, Tensor], kl_weight: float | Tensor = 1.0) -> dict[str, Tensor]:
+        """The loss, and its parts for the history: means over the particles.
+
+        Args:
+            parts: name -> ``(S, ...)``, `parts` of each of S particles.
+            kl_weight: of a schedule; multiplies the objective's own.
+        """
+        means = {name: value.mean(0) for name, value in parts.items()}
+        penalties = {name: means[name] for name in self.penalties}
+        terms = Terms(means["reconstruction"], means["kl"], penalties)
+        return {"loss": terms.loss(self.kl_weight * kl_weight), **means}
+
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor; model and guide are called with the batch."""
-        total = torch.zeros(())
-        for _ in range(self.num_particles):
-            world = self.world(model, guide, *args, **kwargs)
-            total = total + self.terms(world).loss(self.kl_weight) / self.num_particles
-        return total
+        each = [self.parts(self.world(model, guide, *args, **kwargs)) for _ in range(self.num_particles)]
+        return self.combine({name: torch.stack([parts[name] for parts in each]) for name in each[0]})["loss"]
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         """Full Pyro traces of model and guide: what `pyro.infer.ELBO` asks of its subclasses; the loss needs none."""
@@ -212,7 +226,7 @@ class Objective(ELBO):  # type: ignore[misc]
         return float(loss.detach())
 
 
-def _divergence(q: Any, p: Any) -> Tensor:
+def divergence(q: Any, p: Any) -> Tensor:
     """KL(q || p) of one site, scaled and masked; from the sample where there is no closed form."""
     try:
         kl = kl_divergence(q["fn"], p["fn"])

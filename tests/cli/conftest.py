@@ -9,7 +9,7 @@ import pytest
 from pyro_scm.cli import main
 
 FIT = ("--environment", "perturbation", "--control", "control", "--representation", "uns:descriptors")
-SMALL = ("--latent", "3", "--epochs", "2", "--seeds", "1,0", "--batch-size", "64")
+SMALL = ("--latent", "3", "--epochs", "2", "--seeds", "0,1", "--batch-size", "64")
 
 DRUGS = {
     "aspirin": "CC(=O)Oc1ccccc1C(=O)O",

@@ -10,7 +10,7 @@ import anndata
 import pytest
 
 import pyro_scm as ps
-from pyro_scm import infer
+from pyro_scm import training
 from pyro_scm.cli import main
 from pyro_scm.cli.outputs import claim_folder, write_h5ad
 from pyro_scm.errors import CheckpointError, DataError
@@ -198,14 +198,14 @@ def test_damaged_runs(fails: Fails, run: Path, screen: Path, tmp_path: Path) -> 
 
 # ---------------------------------------------------------------------- interruptions
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    original = infer._Trainer._one_epoch
+    original = training.Trainer._one_epoch
 
-    def one_epoch(self: infer._Trainer) -> None:
+    def one_epoch(self: training.Trainer) -> None:
         if self.epoch == epoch:
             raise KeyboardInterrupt
         original(self)
 
-    monkeypatch.setattr(infer._Trainer, "_one_epoch", one_epoch)
+    monkeypatch.setattr(training.Trainer, "_one_epoch", one_epoch)
 
 
 def test_interruption_says_where_the_checkpoint_is(

@@ -12,7 +12,19 @@ import pytest
 from pyro_scm.cli import build_parser, main
 
 HEAVY = ("torch", "pyro", "anndata", "pandas", "numpy", "scanpy", "arviz", "matplotlib", "rdkit", "sklearn")
-VERBS = ("models", "simulate", "fit", "evaluate", "predict", "counterfactual", "embed", "compare", "demo", "data")
+VERBS = (
+    "models",
+    "simulate",
+    "fit",
+    "evaluate",
+    "predict",
+    "counterfactual",
+    "embed",
+    "compare",
+    "tune",
+    "demo",
+    "data",
+)
 
 
 def children(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:

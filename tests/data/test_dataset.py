@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from pyro_scm.data import dataset, gct, splits, stored
 from pyro_scm.data.dataset import EnvironmentDataset, read_h5ad
+from pyro_scm.data.single_cell import highly_variable
+from pyro_scm.data.stored import StoredMatrix
 from pyro_scm.errors import DataError
+from tests.data.gct_files import write_gctx
+from tests.data.test_stored import write_zarr
 
 COUNTS = np.array(
     [[4, 0, 6], [2, 2, 0], [0, 1, 4], [9, 0, 1], [1, 3, 1], [5, 5, 10], [0, 0, 5], [3, 3, 4]], dtype=np.float32
@@ -441,6 +447,201 @@ def test_another_representation_of_the_same_cells() -> None:
     assert other.x is cells.x
     assert cells.features == ("perturbation=A", "perturbation=A+B", "perturbation=B")
     assert other.schema.features == other.features
+
+
+# ---------------------------------------------------------------------- expression on disk
+def opened(adata: anndata.AnnData, folder: Path, **options: Any) -> EnvironmentDataset:
+    adata.write_h5ad(folder / "cells.h5ad")
+    return EnvironmentDataset.open(folder / "cells.h5ad", **{"environment": "drug", "control": "DMSO", **options})
+
+
+def assert_same(a: EnvironmentDataset, b: EnvironmentDataset) -> None:
+    """Everything but the form of x is equal, to the last bit."""
+    pd.testing.assert_frame_equal(a.environments, b.environments)
+    assert a.schema == b.schema
+    for name in ("mean", "scale", "proportion"):
+        assert torch.equal(getattr(a.schema.summary, name), getattr(b.schema.summary, name)), name
+    assert a.schema.summary.depth == b.schema.summary.depth
+    pd.testing.assert_frame_equal(a.mean_expression(), b.mean_expression())
+    one, other = a.batch(), b.batch()
+    for name in ("index", "env", "row", "r", "perturbed", "x"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for name in ("size", "y"):
+        assert (getattr(one, name) is None) == (getattr(other, name) is None)
+        assert getattr(one, name) is None or torch.equal(getattr(one, name), getattr(other, name)), name
+    assert {k: v.tolist() for k, v in one.covariates.items()} == {k: v.tolist() for k, v in other.covariates.items()}
+    assert one.total == other.total
+
+
+@pytest.fixture(params=[100, 6], ids=["one block", "blocks of two cells"])
+def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "_BLOCK_VALUES", request.param)
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
+@pytest.mark.parametrize("values", [COUNTS, np.log1p(COUNTS), COUNTS.astype(np.int64)])
+@pytest.mark.parametrize("layer", [None, "raw"])
+def test_cells_on_disk_are_the_cells_in_memory(
+    form: Callable[[Any], Any], values: Any, layer: str | None, tmp_path: Path
+) -> None:
+    adata = screen(form(values))
+    adata.obsm["surface"] = pd.DataFrame(COUNTS[:, :2], index=adata.obs_names, columns=["CD3", "CD4"])
+    if layer:
+        adata.X, adata.layers[layer] = np.zeros_like(COUNTS), adata.X
+    options = {**COLUMNS, "covariates": ["batch"], "proteins": "surface", "layer": layer, "targets": "gene"}
+    resident, lazy = EnvironmentDataset.from_anndata(adata, **options), opened(adata, tmp_path, **options)
+    assert isinstance(lazy.x, StoredMatrix)
+    assert lazy.counts == bool((values == np.round(values)).all())
+    assert_same(resident, lazy)
+    assert_same(resident.of("A 1 uM 24 h PC3"), lazy.of("A 1 uM 24 h PC3"))
+    part = np.array([7, 2, 5, 0])
+    assert_same(resident.subset(part), lazy.subset(part))
+    assert_same(resident.subset(np.arange(8) > 3), lazy.subset(np.arange(8) > 3))
+    for a, b in zip(resident.batches(3, part), lazy.batches(3, part), strict=True):
+        assert a.x is not None
+        assert b.x is not None
+        assert torch.equal(a.x, b.x)
+    columns = np.array([2, 0])
+    genes = [replace(c, x=c.x[:, columns], var=c.var.iloc[columns]) for c in (resident, lazy)]
+    assert isinstance(genes[1].x, StoredMatrix)
+    assert_same(genes[0], genes[1])
+    loaded = lazy.load()
+    assert type(loaded.x) is type(resident.x)
+    assert loaded.load() is loaded
+    assert_same(resident, loaded)
+
+
+@pytest.mark.parametrize("kind", ["zarr-2", "zarr-3", "gctx"])
+def test_other_files_are_opened_alike(kind: str, tmp_path: Path) -> None:
+    if kind == "gctx":
+        path = write_gctx(
+            tmp_path,
+            COUNTS.T,
+            samples=list(DRUGS.index),
+            genes=["g0", "g1", "g2"],
+            column={"drug": list(DRUGS["drug"]), "pert_dose": [1.0, -666, 10, 1, -666, 10, 0.1, 2]},
+        )
+        resident = EnvironmentDataset.from_anndata(gct.read(path), environment="drug", control="DMSO")
+    else:
+        path, adata = tmp_path / "cells.zarr", screen(sp.csr_matrix(COUNTS))
+        write_zarr(adata, path, int(kind[-1]))
+        resident = EnvironmentDataset.from_anndata(adata, environment="drug", control="DMSO")
+    lazy = EnvironmentDataset.open(path, environment="drug", control="DMSO")
+    assert isinstance(lazy.x, StoredMatrix)
+    assert_same(resident, lazy)
+    assert list(lazy.obs["drug"]) == list(DRUGS["drug"])
+
+
+def test_annotation_can_come_from_elsewhere(tmp_path: Path) -> None:
+    path = write_gctx(tmp_path, COUNTS.T, samples=list(DRUGS.index), genes=["g0", "g1", "g2"])
+    table = pd.concat([DRUGS.iloc[::-1], DRUGS.rename(index="other {}".format)])
+    cells = EnvironmentDataset.open(path, obs=table, environment="drug", control="DMSO")
+    assert_same(simple(), cells)
+    with pytest.raises(DataError, match=r"plate\.gctx: obs has no row for 2 of its cells \('c0', 'c7'\): add them"):
+        EnvironmentDataset.open(path, obs=DRUGS.iloc[1:7], environment="drug")
+    with pytest.raises(DataError, match=r"plate\.gctx: obs names cells twice: 'c0'; each must appear once"):
+        EnvironmentDataset.open(path, obs=pd.concat([DRUGS, DRUGS.iloc[:1]]), environment="drug")
+
+
+def test_a_file_that_to_anndata_wrote_is_opened_without_options(tmp_path: Path) -> None:
+    before = simple(sp.csr_matrix(COUNTS), covariates=["batch"], representation="multi-hot")
+    before.to_anndata().write_h5ad(tmp_path / "cells.h5ad")
+    cells = EnvironmentDataset.open(tmp_path / "cells.h5ad")
+    assert isinstance(cells.x, StoredMatrix)
+    assert_same(EnvironmentDataset.read(tmp_path / "cells.h5ad"), cells)
+    again = cells.to_anndata()
+    assert again.X.toarray().tolist() == COUNTS.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [(np.nan, {}), (np.inf, {"counts": False}), (-2, {"counts": True}), (0.5, {"counts": True}), (0, {})],
+)
+def test_values_on_disk_are_checked_with_the_same_words(
+    form: Callable[[Any], Any], value: float, options: dict[str, Any], tmp_path: Path
+) -> None:
+    x = COUNTS.copy()
+    x[[3, 5], :] = value
+    with pytest.raises(DataError) as expected:
+        simple(form(x), **options)
+    assert "'c3'" in str(expected.value)
+    with pytest.raises(DataError) as error:
+        opened(screen(form(x)), tmp_path, **options)
+    assert str(error.value) == f"{tmp_path / 'cells.h5ad'}: {expected.value}"
+
+
+def test_a_file_that_cannot_be_opened_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^\S*cells\.h5ad: no obs column 'nothing'"):
+        opened(screen(), tmp_path, environment="nothing")
+    with pytest.raises(DataError, match=r"^\S*cells\.h5ad: no layer 'nothing': this AnnData has none"):
+        opened(screen(), tmp_path, layer="nothing")
+    with pytest.raises(DataError, match=r"^\S*cells\.h5ad: X is empty"):
+        opened(anndata.AnnData(obs=DRUGS, var=screen().var), tmp_path)
+    with pytest.raises(DataError) as error:
+        opened(screen(sp.csc_matrix(COUNTS)), tmp_path)
+    assert str(error.value).count("cells.h5ad") == 1
+
+
+def test_a_file_with_wrong_values_can_be_written_anew_while_the_error_is_at_hand(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"-1\.0 in cell") as error:
+        opened(screen(COUNTS - 1), tmp_path, counts=True)
+    assert opened(screen(), tmp_path, counts=True).counts
+    assert error.tb is not None
+
+
+def test_more_than_fits_is_normalised_in_blocks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, lazy = simple(), opened(screen(), tmp_path)
+    np.testing.assert_array_equal(lazy.normalised(), resident.normalised())
+    monkeypatch.setattr(dataset, "_LOADED_BYTES", 8 * 3 * 4 - 1)
+    with pytest.raises(
+        DataError, match=r"cells\.h5ad: 8 cells x 3 genes would take 0\.0 GB in memory: take fewer with"
+    ):
+        lazy.normalised()
+    np.testing.assert_array_equal(lazy.subset(np.arange(7)).normalised(10.0), resident.normalised(10.0)[:7])
+    monkeypatch.setattr(stored, "_BLOCK_VALUES", 9)
+    parts = list(lazy.normalised_blocks(10.0))
+    assert [start for start, _ in parts] == [0, 3, 6]
+    np.testing.assert_array_equal(np.concatenate([x for _, x in parts]), resident.normalised(10.0))
+    pd.testing.assert_frame_equal(lazy.mean_expression(), resident.mean_expression())
+
+
+@pytest.mark.parametrize("form", [np.asarray, sp.csr_matrix])
+def test_statistics_do_not_depend_on_how_the_cells_are_cut(
+    form: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.poisson(3.0, (500, 4)).astype(np.float32) + 1
+    obs = pd.DataFrame({"drug": rng.choice(["A", "B", "DMSO"], 500)}, index=[str(i) for i in range(500)])
+    cells = EnvironmentDataset.from_anndata(anndata.AnnData(form(x), obs=obs), environment="drug", control="DMSO")
+    monkeypatch.setattr(stored, "_BLOCK_VALUES", 4 * 7)
+    summary, mean = cells.schema.summary, cells.mean_expression()
+    values = np.log1p(x.astype(np.float64) / x.sum(1, keepdims=True) * summary.depth)
+    np.testing.assert_allclose(summary.mean, values.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(summary.scale, values.std(0), rtol=1e-6)
+    np.testing.assert_allclose(summary.proportion, (x.sum(0) + 1) / (x.sum(0) + 1).sum(), rtol=1e-6)
+    for name in mean.index:
+        np.testing.assert_allclose(mean.loc[name], values[obs["drug"] == name].mean(0), rtol=1e-6)
+
+
+def test_genes_are_chosen_and_cells_split_without_reading_them_all(tmp_path: Path) -> None:
+    pytest.importorskip("scanpy")
+    rng = np.random.default_rng(0)
+    x = sp.csr_matrix(rng.poisson(rng.gamma(1.0, 2.0, (1, 60)), (90, 60)).astype(np.float32))
+    obs = pd.DataFrame({"drug": ["A", "B", "C", "D", "DMSO"] * 18}, index=[f"c{i}" for i in range(90)])
+    adata = anndata.AnnData(x, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(60)]))
+    lazy = opened(adata, tmp_path)
+    resident = EnvironmentDataset.from_anndata(adata, environment="drug", control="DMSO")
+    parts = []
+    for cells in (resident, lazy):
+        split = splits.by_environment(cells, fraction=0.5, seed=1)
+        parts.append([highly_variable(part, 20, chosen_on=split.train) for part in (split.train, split.test)])
+    for a, b in zip(*parts, strict=True):
+        assert isinstance(b.x, StoredMatrix)
+        assert len(b.genes) == 20
+        assert_same(a, b)
 
 
 # ---------------------------------------------------------------------- what cannot be read

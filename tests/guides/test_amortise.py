@@ -179,7 +179,7 @@ def test_at_the_exact_posterior_the_bound_is_the_log_evidence() -> None:
         q.loc.fill_(mean)
         q.raw_scale.fill_(math.log(math.expm1(sd - 1e-4)))
     # the log-likelihood is quadratic in theta: the average over epsilon = -1 and 1 is its exact expectation
-    noise = [{"theta": torch.tensor(1.0)}, {"theta": torch.tensor(-1.0)}]
+    noise = {"theta": torch.tensor([1.0, -1.0])}
     losses = System(model, guide, Objective(particles=2))(data.batch(), noise)
     assert float(losses["loss"].detach()) * len(VALUES) == pytest.approx(-evidence, rel=1e-5)
     with torch.no_grad():

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pyro.distributions as dist
@@ -48,8 +49,9 @@ class Seen(nn.Module):
         self.outputs = outputs
         self.inputs: list[Tensor] = []
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        self.inputs = list(inputs)
+    def forward(self, *inputs: Tensor, rows: Sequence[Tensor | None]) -> Tensor:
+        each = [value if row is None else value[row] for value, row in zip(inputs, rows, strict=True)]
+        self.inputs = [torch.cat(each, -1)]
         return torch.zeros(2, 4) if self.outputs is None else self.outputs
 
 
@@ -92,9 +94,8 @@ def test_conditions_follow_expression_in_the_order_of_the_inputs() -> None:
 
 
 def test_the_network_has_room_for_every_input() -> None:
-    first = GaussianEncoder(schema(), 2, inputs=("x", "e", "plate"), hidden=(5,)).net[0]  # type: ignore[index]
-    assert first.in_features == 3 + 2 + 3
-    assert first.out_features == 5
+    parts = GaussianEncoder(schema(), 2, inputs=("x", "e", "plate"), hidden=(5,)).net.parts
+    assert [(part.in_features, part.out_features) for part in parts] == [(3, 5), (2, 5), (3, 5)]
 
 
 # ---------------------------------------------------------------------- what comes out
@@ -117,7 +118,7 @@ def test_a_point_encoder_puts_all_mass_on_the_networks_output() -> None:
     assert law.batch_shape == (2,)
     assert law.event_shape == (4,)
     assert cells.x is not None
-    linear = encoder.net[0]  # type: ignore[index]
+    linear = encoder.net.parts[0]
     value = ((cells.x - MEAN) / SPREAD) @ linear.weight.T + linear.bias
     torch.testing.assert_close(law.sample(), value)
     assert law.log_prob(law.v).tolist() == [0, 0]

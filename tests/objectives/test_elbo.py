@@ -107,7 +107,7 @@ def test_the_mean_over_mini_batches_is_the_loss_of_all_cells(name: str) -> None:
 
     def at(rows: Any) -> dict[str, Tensor]:
         with torch.no_grad():
-            return system(double(cells()[rows]), [{} if name == "ae" else {"z": noise[rows]}], 0.7)
+            return system(double(cells()[rows]), {} if name == "ae" else {"z": noise[None, rows]}, 0.7)
 
     whole = at(slice(None))
     parts = [at(slice(start, start + 20)) for start in range(0, 100, 20)]
