@@ -83,9 +83,12 @@ class System(nn.Module):
         particles = self.objective.num_particles
 
         def parts(one: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            world = self.objective.world(self.model.forward, self.guide.forward, batch, [_Noise(one)])
             if not critics:
-                return self.objective.parts(world)
+                return self.objective.parts(
+                    self.objective.world(self.model.forward, self.guide.forward, batch, [_Noise(one)])
+                )
+            with torch.no_grad():  # the encoder is not the critics' to train
+                world = self.objective.inferred(self.guide.forward, batch, [_Noise(one)])
             return {"loss": sum((a.critic_loss(world) for a in self.objective.adversaries), torch.zeros(()))}
 
         if particles == 1:

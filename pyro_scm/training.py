@@ -213,7 +213,8 @@ class Trainer:
                 for name, value in self._step(0, batch, cells, weight).items():
                     sums[name] = sums.get(name, 0.0) + value.detach() * own
         self.epoch += 1
-        self.ranks.require_same(self.ensemble.parameters)
+        if self.ranks.size > 1:
+            self.ranks.require_same(self.ensemble.parameters)
         means = {name: (self.ranks.sum(value) / len(order)).cpu().numpy() for name, value in sums.items()}
         held_out = self._validate() if self.validation is not None else {}
         for k, seed in enumerate(self.seeds):
@@ -228,12 +229,13 @@ class Trainer:
         side, optimiser = self.sides[player], self.optimisers[player]
         share, own = self.ranks.share(cells)
         noise = self.ensemble.noise(batch, None, self.system.objective.num_particles, (cells, share))
+        optimiser.zero_grad()
         if self.ranks.size == 1:
             losses, found = side.gradients(batch, noise, weight)
             for p, g in zip(side.own, found, strict=True):
                 p.grad = g
+            del found
         else:
-            optimiser.zero_grad()
             losses = self.wrapped[player](batch, noise, weight)
             self.ranks.backward(losses["loss"].sum() * own)
         gradients = [p.grad for p in side.own if p.grad is not None]
@@ -318,11 +320,15 @@ class Trainer:
             better = (losses < self.best) & ~self._done(self.epoch - 1)
             # the best is yet to come while the loss itself changes
             better |= np.array([self._kl_weight(self.epoch) < 1 or a != b for a, b in self._annealing()])
-        chosen = torch.as_tensor(better, device=self.device)
-        for name, p in self.ensemble.parameters.items():
-            self.kept[name][chosen] = p.detach()[chosen]
+        if self.validation is not None:  # otherwise the last parameters are kept, and copied when they are asked for
+            self._copy(torch.as_tensor(better, device=self.device))
         self.best[better] = losses[better]
         self.stopped[better] = self.epoch
+
+    def _copy(self, chosen: Tensor) -> None:
+        """Keep the present parameters of some members."""
+        for name, p in self.ensemble.parameters.items():
+            self.kept[name][chosen] = p.detach()[chosen]
 
     def _annealing(self) -> list[tuple[float, float]]:
         """First and last temperature of each member."""
@@ -384,6 +390,7 @@ class Trainer:
         self.ranks.wait()
 
     def _write(self, folder: Path) -> None:
+        result = self.result()
         tensors: dict[str, Tensor] = {f"parameters.{n}": p for n, p in self.ensemble.parameters.items()}
         tensors |= {f"kept.{n}": p for n, p in self.kept.items()}
         tensors |= {f"generator.{k}": g.get_state() for k, g in enumerate(self.ensemble.generators)}
@@ -401,7 +408,7 @@ class Trainer:
             "history": pd.DataFrame(self.rows).to_csv(index=False),
         }
         checkpoints.write(folder / "training", tensors, manifest)
-        self.result().save(folder)
+        result.save(folder)
 
     def _setting(self) -> dict[str, Any]:
         """What else must agree for a training to go on: the cells and the loss."""
@@ -461,6 +468,8 @@ class Trainer:
     def result(self) -> Run:
         """The run as it stands: every member with the parameters that it keeps."""
         best = int(np.argmin(self.best))
+        if self.validation is None:
+            self._copy(torch.ones(len(self.seeds), dtype=torch.bool, device=self.device))
         self.ensemble.load_member(best, self.kept)
         return Run(
             model=self.system.model,

@@ -76,7 +76,8 @@ def steps(
         model = InCausalVariables(model) if causal else model
         guide = amortise(model, cells, hidden=(hidden,))
         number = -(-len(cells) // size)
-        warm = -(-100 // number)
+        # with more environments than cells in a batch their number differs, and each needs some steps to be recorded
+        warm = -(-(400 if len(cells.environments) > size else 60) // number)
         with epoch_clock() as clocks:
             fit(
                 model, guide, cells, seeds=seeds, epochs=warm + epochs, batch_size=size, precision=precision,
@@ -102,12 +103,14 @@ def epoch_clock() -> Iterator[list[float]]:
         yield clocks
 
 
-def reference(training: Training, number: int) -> float:
-    """Processor seconds of a step of a reference, after three to warm up."""
-    list(itertools.islice(training, 3))
-    start = time.process_time()
-    list(itertools.islice(training, number))
-    return (time.process_time() - start) / number
+def reference(training: Training, number: int, repeats: int = 4) -> float:
+    """Median processor seconds of a step of a reference over some epochs of so many steps, after one to warm up."""
+    clocks = []
+    for _ in range(1 + repeats):
+        start = time.process_time()
+        list(itertools.islice(training, number))
+        clocks.append(time.process_time() - start)
+    return float(np.median(clocks[1:])) / number
 
 
 def rounds(variants: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
@@ -128,8 +131,8 @@ def training_rows(repeats: int, sizes: Sequence[int]) -> Iterator[dict[str, obje
             {
                 "hand-written": lambda c=cells, s=size, n=number: reference(hand_written(c, LATENT, HIDDEN, s), n),
                 "usual Pyro": lambda c=cells, s=size, n=number: reference(usual_pyro(c, LATENT, HIDDEN, s), n),
-                "fit": lambda c=cells, s=size: steps(c, s)(2),
-                "fit, bfloat16": lambda c=cells, s=size: steps(c, s, precision="bfloat16")(2),
+                "fit": lambda c=cells, s=size: steps(c, s)(4),
+                "fit, bfloat16": lambda c=cells, s=size: steps(c, s, precision="bfloat16")(4),
             },
             repeats,
         )
@@ -168,7 +171,7 @@ def ensemble_rows(repeats: int, numbers: Sequence[int]) -> Iterator[dict[str, ob
         seeds = range(number)
         times = rounds(
             {
-                "usual Pyro, in turn": lambda n=number: n * reference(usual_pyro(cells, 3, 16, 64), 40),
+                "usual Pyro, in turn": lambda n=number: n * reference(usual_pyro(cells, 3, 16, 64), 20),
                 "fit, together": lambda s=seeds: steps(cells, 64, seeds=s, **small)(4),  # type: ignore[arg-type]
             },
             repeats,

@@ -116,7 +116,7 @@ class Adversary(Penalty):
         return loss * (batch.total / len(batch))
 
     def critic_loss(self, world: World) -> Tensor:
-        """The critic's side: no gradient reaches the encoder."""
+        """The critic's side, of a world in which the guide alone has run: no gradient reaches the encoder."""
         return self._cross_entropy(world.guide[self.site]["value"].detach(), world.batch)
 
     def penalty(self, world: World) -> Tensor:
@@ -158,14 +158,19 @@ class Objective(ELBO):  # type: ignore[misc]
             batch: observed cells.
             handlers: around the guide, for example a source of noise.
         """
+        inferred = self.inferred(guide, batch, handlers)
+        p = _Record({name: site["value"] for name, site in inferred.guide.items()})
+        p(model)(batch)
+        return World(batch, inferred.guide, p.sites)
+
+    def inferred(self, guide: Program, batch: Batch, handlers: Sequence[Messenger] = ()) -> World:
+        """Run the guide alone: all that a critic looks at. See `world`."""
         q = _Record()
         run = guide
         for handler in handlers:
             run = handler(run)
         q(run)(batch)
-        p = _Record({name: site["value"] for name, site in q.sites.items()})
-        p(model)(batch)
-        return World(batch, q.sites, p.sites)
+        return World(batch, q.sites, {})
 
     def terms(self, world: World) -> Terms:
         """The loss of one run, in its parts.
