@@ -109,6 +109,8 @@ class Batch:
         y: ``(n, P)`` protein counts, or None.
         size: ``(n,)`` library size of x; None where the data are not counts.
         covariates: name -> ``(n,)`` int64 category.
+        large: positions of the genes with large counts (`distributions.TABLE` or more) anywhere in the data set, where
+            that is known: what is computed then depends on no cell's counts.
         outside: whether the cells' environment is outside the data set's table (env is then -1).
     """
 
@@ -122,6 +124,7 @@ class Batch:
     y: Tensor | None = None
     size: Tensor | None = None
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
+    large: Tensor | None = None
     outside: bool = False
 
     @staticmethod

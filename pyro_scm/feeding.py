@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_scm.batch import Batch
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.data.stored import StoredMatrix, Values
+from pyro_scm.distributions import TABLE
 from pyro_scm.errors import ModelError
 
 __all__ = ["BLOCK", "SHUFFLES", "Feeder"]
@@ -42,7 +43,7 @@ class Feeder:
         self.cells, self.device = cells, device
         self.buffer = buffer * BLOCK  # in cells
         fits = len(cells) * len(cells.genes) * 4 <= _room(device)
-        self.resident = cells.batch().to(device) if fits else None
+        self.resident = _with_large(cells.batch().to(device), cells.counts) if fits else None
         # whether expression is read from disk during training
         self.streams = not fits and isinstance(cells.x, StoredMatrix)
         self._labels = cells.labels().to(device) if self.streams else None
@@ -132,6 +133,12 @@ class Feeder:
                     coming = reader.submit(read, k)
                 yield present
                 del present
+
+
+def _with_large(cells: Batch, counts: bool) -> Batch:
+    if not counts or cells.x is None:
+        return cells
+    return replace(cells, large=(cells.x.amax(0) >= TABLE).nonzero().squeeze(1))
 
 
 def _room(device: torch.device) -> float:

@@ -84,7 +84,7 @@ class _Located(Likelihood):
 
     def location(self, c: Tensor, batch: Batch) -> Tensor:
         """``(..., G)`` in the data's units."""
-        return self.centre + self.spread * self.decode(c, batch)
+        return torch.addcmul(self.centre, self.spread, self.decode(c, batch))
 
     @property
     def scale(self) -> Tensor:
@@ -197,7 +197,7 @@ class NegativeBinomialLikelihood(Likelihood):
         """Negative binomial, event shape (G,)."""
         bound = _LOG_DISPERSION_BOUND
         log_dispersion = bound * torch.tanh(self.raw_dispersion / bound)
-        return NegativeBinomial(self.log_mean(c, batch), log_dispersion).to_event(1)
+        return NegativeBinomial(self.log_mean(c, batch), log_dispersion, large=batch.large).to_event(1)
 
 
 def likelihood_for(schema: Schema, net: nn.Module, conditional: bool = False, kind: str | None = None) -> Likelihood:

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Poisson
 
-from pyro_scm.distributions import NegativeBinomial, normal
+from pyro_scm.distributions import TABLE, NegativeBinomial, normal
 
 # Sparse in each direction, dense where a formula changes: around 8 (Stirling's series), x = mu, and mu = theta.
 THETAS = (1e-8, 1e-5, 1e-2, 0.3, 1.0, 7.9, 8.1, 50.0, 3e3, 1e5, 1e8, 1e12)
@@ -329,3 +329,23 @@ def test_a_scale_of_one_row_gives_the_density_of_the_expanded_one() -> None:
     kl = torch.distributions.kl_divergence(normal(loc[0], scale), prior)
     by_hand = 0.5 * (scale**2 + loc[0] ** 2 - 1 - 2 * scale.log()).sum(-1)
     assert torch.allclose(kl, by_hand, rtol=1e-12)
+
+
+@pytest.mark.parametrize("largest", [100, 3000])
+def test_genes_known_to_have_large_counts_are_evaluated_exactly_and_the_others_looked_up(largest: int) -> None:
+    torch.manual_seed(0)
+    x = torch.poisson(torch.full((80, 5), 20.0))
+    x[3, 1], x[70, 4] = largest, 2 * largest
+    large = (x.amax(0) >= TABLE).nonzero().squeeze(1)
+    log_mean, log_theta = torch.randn(80, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+    found = NegativeBinomial(log_mean, log_theta, large=large).log_prob(x)
+    expected = NegativeBinomial(log_mean, log_theta).log_prob(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    for a, b in zip(*(torch.autograd.grad(v.sum(), (log_mean, log_theta)) for v in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+    def one(mean: Tensor) -> Tensor:
+        return NegativeBinomial(mean, log_theta, validate_args=False, large=large).log_prob(x)
+
+    many = torch.func.vmap(one)(torch.stack([log_mean, 2 * log_mean]))
+    torch.testing.assert_close(many[0], found)

@@ -1,14 +1,16 @@
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_scm import recording
+from pyro_scm import feeding, recording
 from pyro_scm.objectives import Adversary, ImportanceWeighted, Objective
 from pyro_scm.recipes import RECIPES
 from pyro_scm.recording import Recorded
-from tests.screens import cells, make, train
+from tests.screens import cells, train
 
 OFTEN = recording._OFTEN
 
@@ -145,8 +147,19 @@ def test_other_settings_are_recorded_too(monkeypatch: pytest.MonkeyPatch, settin
     assert both_ways(monkeypatch, "structured_environment_vae", **settings) > 30
 
 
-def test_counts_that_are_looked_up_are_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("largest", [3, 300])
+def test_counts_are_recorded_too_for_which_genes_are_large_is_known(
+    monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    data = cells("negative-binomial")
+    x = np.asarray(data.x).copy()
+    x[7, 2] = largest
+    settings = {"data": replace(data, x=x), "batch_size": 100, "epochs": 50, "seeds": (0,)}
+    assert both_ways(monkeypatch, "environment_vae", **settings) > 0
+
+
+def test_where_it_is_not_known_steps_with_counts_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which counts are beyond the tables depends on the batch."""
+    monkeypatch.setattr(feeding, "_with_large", lambda cells, counts: cells)
     data = cells("negative-binomial")
     assert both_ways(monkeypatch, "environment_vae", data=data, batch_size=100, epochs=50, seeds=(0,)) == 0
-    make("vae", data.schema)
