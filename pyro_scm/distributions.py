@@ -14,7 +14,6 @@ __all__ = ["TABLE", "NegativeBinomial", "normal"]
 # From here on Stirling's series gives what his formula leaves of log Gamma; below, their difference keeps its digits.
 _SERIES_FROM = 8.0
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-_HALF_ROOT = math.sqrt(0.5)
 # A mean smaller than exp of this enters log p as x log(mu) alone.
 _LOG_TINY = -40.0
 TABLE = 256
@@ -41,10 +40,44 @@ class _Diagonal(Normal):  # type: ignore[misc]
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # factors that are the same for many cells are put together first: each operation on all cells takes its time
-        deviation = (value - self.loc) * (_HALF_ROOT / self.own_scale)
-        result: Tensor = (-_HALF_LOG_2PI - self.own_scale.log()) - deviation.square()
+        scale = self.own_scale
+        if value.shape == self.loc.shape and scale.shape in (value.shape, value.shape[-1:]):
+            return torch.as_tensor(_NormalKernel.apply(value, self.loc, scale))
+        standardised = (value - self.loc) / scale
+        result: Tensor = -0.5 * standardised.square() - (scale.log() + _HALF_LOG_2PI)
         return result
+
+
+class _NormalKernel(torch.autograd.Function):
+    """log N(value; loc, scale) and its gradients in few passes: each takes as long as the memory it fills.
+
+    value and loc ``(..., d)``, scale of the same shape or ``(d,)``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        standardised = (value - loc) / scale
+        return torch.addcmul(-_HALF_LOG_2PI - scale.log(), standardised, standardised, value=-0.5)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        value, loc, scale = ctx.saved_tensors
+        standardised = (value - loc) / scale
+        of_loc = gradients[0] * standardised / scale
+        of_scale = None
+        if ctx.needs_input_grad[2]:
+            terms, own = of_loc * standardised, gradients[0]
+            over = tuple(range(terms.dim() - scale.dim()))
+            if over:
+                terms, own = terms.sum(over), own.sum(over)
+            of_scale = terms - own / scale
+        return (-of_loc if ctx.needs_input_grad[0] else None), of_loc, of_scale
 
 
 def normal(loc: Tensor, scale: Tensor) -> Independent:

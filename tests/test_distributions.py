@@ -349,3 +349,26 @@ def test_genes_known_to_have_large_counts_are_evaluated_exactly_and_the_others_l
 
     many = torch.func.vmap(one)(torch.stack([log_mean, 2 * log_mean]))
     torch.testing.assert_close(many[0], found)
+
+
+@pytest.mark.parametrize("shape", [(3,), (6, 3)])
+def test_the_normals_gradients_are_those_of_finite_differences_and_of_torch(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    value, loc = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    scale = torch.rand(shape, dtype=torch.float64) + 0.2
+    inputs = tuple(v.requires_grad_() for v in (value, loc, scale))
+
+    def log_prob(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        return normal(loc, scale).base_dist.log_prob(value)
+
+    torch.testing.assert_close(log_prob(*inputs), torch.distributions.Normal(loc, scale).log_prob(value))
+    assert torch.autograd.gradcheck(log_prob, inputs)
+    assert torch.autograd.gradgradcheck(log_prob, inputs)  # penalties on gradients differentiate twice
+    weights = torch.randn(4, 6, 3, dtype=torch.float64)
+    found = torch.func.vmap(lambda l: torch.func.grad(lambda s: (log_prob(value.detach(), l, s)).sum())(scale.detach()))
+    expected = torch.func.vmap(
+        lambda l: torch.func.grad(
+            lambda s: torch.distributions.Normal(l, s, validate_args=False).log_prob(value.detach()).sum()
+        )(scale.detach())
+    )
+    torch.testing.assert_close(found(weights), expected(weights))
