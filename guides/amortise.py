@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from guides.encoders import GaussianEncoder, PointEncoder
+from guides.encoders import Fresh, GaussianEncoder, PointEncoder
 from guides.mean_field import MeanField
 from pyro_scm.batch import Batch, Schema
 from pyro_scm.errors import ModelError
@@ -62,6 +62,8 @@ def amortise(
 ) -> AmortisedGuide:
     """A guide for every latent site of `model`: an encoder inside the plate ``data``, free parameters outside it.
 
+    Sites that the model marks as standard noise drawn anew (``infer={"fresh": True}``) are drawn from it here too.
+
     Args:
         model: any Pyro program over a `Batch`.
         cells: the training cells, or their schema.
@@ -88,6 +90,9 @@ def amortise(
             continue
         if any(frame.name == DATA for frame in site["cond_indep_stack"]):
             size = int(site["fn"].event_shape.numel())
+            if site["infer"].get("fresh"):
+                local[name] = Fresh(size)
+                continue
             encoder = GaussianEncoder if family == "normal" else PointEncoder
             local[name] = encoder(schema, size, inputs, hidden, conditioning)
         else:

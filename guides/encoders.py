@@ -12,7 +12,7 @@ from pyro_scm.distributions import normal
 from pyro_scm.errors import ModelError
 from pyro_scm.nn import FiLM, Joint
 
-__all__ = ["CONDITIONINGS", "GaussianEncoder", "PointEncoder"]
+__all__ = ["CONDITIONINGS", "Fresh", "GaussianEncoder", "PointEncoder"]
 
 CONDITIONINGS = ("concatenate", "film")
 
@@ -134,3 +134,21 @@ class PointEncoder(_Encoder):
     def forward(self, batch: Batch) -> dist.Delta:
         """Delta of batch shape (n,), event shape (d,)."""
         return dist.Delta(self._encode(batch), event_dim=1)
+
+
+class Fresh(nn.Module):
+    """q = N(0, I), whatever the cell: for noise that is drawn anew, which no observation tells anything of.
+
+    Args:
+        size: of the noise.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.zero: Tensor
+        self.register_buffer("zero", torch.zeros(size), persistent=False)
+
+    def forward(self, batch: Batch) -> dist.Independent:
+        """Normal of batch shape (n,), event shape (size,)."""
+        loc = self.zero.expand(len(batch), -1)
+        return normal(loc, torch.ones_like(loc))

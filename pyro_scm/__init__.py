@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_scm import baselines, graphs, metrics, models
+    from pyro_scm import baselines, graphs, metrics, models, ordering
     from pyro_scm.contracts import check
     from pyro_scm.coordinates import InCausalVariables, in_noise
     from pyro_scm.data.dataset import EnvironmentDataset
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from pyro_scm.evaluation import compare
     from pyro_scm.infer import fit, grid
     from pyro_scm.model import LatentModel
-    from pyro_scm.objectives import ImportanceWeighted, Objective
+    from pyro_scm.objectives import IRM, ImportanceWeighted, Objective
     from pyro_scm.posterior import to_arviz
+    from pyro_scm.programmes import gene_programmes
     from pyro_scm.query import counterfactual, do, effect, embed, expose, noise, predict, sweep
     from pyro_scm.recipes import load
     from pyro_scm.run import Run
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "EnvironmentDataset": "data.dataset",
+    "IRM": "objectives",
     "ImportanceWeighted": "objectives",
     "InCausalVariables": "coordinates",
     "LatentModel": "model",
@@ -46,12 +48,14 @@ _PLACES = {
     "embed": "query",
     "expose": "query",
     "fit": "infer",
+    "gene_programmes": "programmes",
     "graphs": "",
     "grid": "infer",
     "in_noise": "coordinates",
     "load": "recipes",
     "metrics": "",
     "models": "",
+    "ordering": "",
     "noise": "query",
     "predict": "query",
     "simulate": "data.synthetic",
@@ -61,6 +65,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "IRM",
     "EnvironmentDataset",
     "ImportanceWeighted",
     "InCausalVariables",
@@ -76,6 +81,7 @@ __all__ = [
     "embed",
     "expose",
     "fit",
+    "gene_programmes",
     "graphs",
     "grid",
     "in_noise",
@@ -83,6 +89,7 @@ __all__ = [
     "metrics",
     "models",
     "noise",
+    "ordering",
     "predict",
     "simulate",
     "sweep",

@@ -642,7 +642,9 @@ def compare(
     rows = _baseline_rows(task, baselines)
     runs = {}
     for name, (model, guide) in programs.items():
-        settings = {"seeds": seeds, "epochs": epochs, "progress": progress, **fit_options}
+        recipe = recipes.recipe(made[name][0])
+        own = {"objective": recipes.objective(made[name][0], model, task.train), "critic_steps": recipe.critic_steps}
+        settings = {"seeds": seeds, "epochs": epochs, "progress": progress, **own, **fit_options}
         runs[name] = fit(model, guide, task.train, validation=split.validation, **settings)
         rows += [(name, "model", *found) for found in _model_scores(runs[name], task, _before(task), cells, seed)]
     described = {name: {"recipe": recipe, **options} for name, (recipe, options) in made.items()}

@@ -2,13 +2,25 @@
 
 from collections.abc import Hashable, Iterable
 from itertools import pairwise
+from typing import Any
 
 import networkx as nx
 import numpy as np
+from numpy.typing import NDArray
 
 from pyro_scm.errors import ModelError
 
-__all__ = ["checked", "from_edges", "full", "growing", "independent", "layered", "multi_growing"]
+__all__ = [
+    "checked",
+    "from_edges",
+    "full",
+    "growing",
+    "independent",
+    "layered",
+    "layers_of",
+    "multi_growing",
+    "strongest",
+]
 
 
 def independent(nodes: int) -> nx.DiGraph:
@@ -28,8 +40,8 @@ def full(nodes: int) -> nx.DiGraph:
 def layered(nodes: int, depth: int) -> nx.DiGraph:
     """`depth` layers of equal width, each fully connected to the next ("depth n, width k", seed section 4.9).
 
-    It holds every DAG that has a layering of at most `depth` layers of at most ceil(nodes / depth) nodes in which each
-    edge joins neighbouring layers.
+    It holds the DAGs whose nodes can be put into these layers with every edge from a layer to the next: `layers_of`
+    finds the layers. A chain needs its length in depth; a shortcut i -> k beside i -> j -> k has no place at all.
     """
     if not 1 <= depth <= nodes:
         raise ModelError(f"{depth} layers for {nodes} nodes: choose a depth between 1 and the number of nodes")
@@ -37,6 +49,88 @@ def layered(nodes: int, depth: int) -> nx.DiGraph:
     layers = [[int(i) for i in part] for part in np.array_split(np.arange(nodes), depth)]
     for above, below in pairwise(layers):
         graph.add_edges_from((i, j) for i in above for j in below)
+    return graph
+
+
+def layers_of(graph: nx.DiGraph, depth: int, width: int) -> dict[Hashable, int] | None:
+    """A layer 0..depth-1 for each node of a DAG, at most `width` nodes a layer, every edge from a layer to the next.
+
+    It exists exactly for the DAGs whose nodes can be placed into those of ``layered(depth * width, depth)`` with all
+    edges kept. Two directed paths between the same nodes must be of equal length, so that a layer is a matter of where
+    each connected component starts; a shortcut i -> k beside i -> j -> k makes it impossible at any depth. Widths
+    are a packing problem: the search goes through the components' first layers.
+
+    Args:
+        graph: a DAG.
+        depth: number of layers.
+        width: nodes of the widest.
+
+    Returns:
+        node -> layer, or None where there is no such placing.
+    """
+    checked(graph)
+    components = []
+    for nodes in nx.weakly_connected_components(graph):
+        place = _heights(graph.subgraph(nodes))
+        if place is None or max(place.values()) >= depth:
+            return None
+        components.append(place)
+    components.sort(key=len, reverse=True)
+
+    def fit(rest: list[dict[Hashable, int]], room: list[int]) -> dict[Hashable, int] | None:
+        if not rest:
+            return {}
+        place, *others = rest
+        tried = set()
+        for start in range(depth - max(place.values())):
+            left = list(room)
+            for layer in place.values():
+                left[start + layer] -= 1
+            if min(left) >= 0 and tuple(left) not in tried:
+                tried.add(tuple(left))
+                found = fit(others, left)
+                if found is not None:
+                    return {**{node: start + layer for node, layer in place.items()}, **found}
+        return None
+
+    return fit(components, [width] * depth)
+
+
+def _heights(component: nx.DiGraph) -> dict[Hashable, int] | None:
+    """Layers of a connected DAG, the first 0; None if an edge would have to skip or stay within one."""
+    first = next(iter(component))
+    place: dict[Hashable, int] = {first: 0}
+    queue = [first]
+    while queue:
+        node = queue.pop()
+        steps = [(n, 1) for n in component.successors(node)] + [(n, -1) for n in component.predecessors(node)]
+        for other, step in steps:
+            if other not in place:
+                place[other] = place[node] + step
+                queue.append(other)
+            elif place[other] != place[node] + step:
+                return None
+    lowest = min(place.values())
+    return {node: layer - lowest for node, layer in place.items()}
+
+
+def strongest(strength: NDArray[Any], nodes: Iterable[Hashable], cut: float = 0.0) -> nx.DiGraph:
+    """The DAG of the strongest edges: added from the strongest on, those that would close a cycle left out.
+
+    Args:
+        strength: ``[d, d]``, entry [j, i] of the edge i -> j.
+        nodes: d labels.
+        cut: edges not stronger than this are left out.
+    """
+    names = list(nodes)
+    graph: nx.DiGraph = nx.DiGraph()
+    graph.add_nodes_from(names)
+    for flat in np.argsort(-strength, axis=None, kind="stable"):
+        j, i = divmod(int(flat), len(names))
+        if strength[j, i] <= cut:
+            break
+        if not nx.has_path(graph, names[j], names[i]):
+            graph.add_edge(names[i], names[j])
     return graph
 
 

@@ -113,27 +113,41 @@ class EnvironmentPrior(nn.Module):
         latent: d.
         sparsifier: of mu and of log sigma.
         scale: False keeps sigma_e at 1, so that an environment only moves the mean.
+        anchored: False leaves reference environments to the network as well, as in a conditional VAE.
     """
 
-    def __init__(self, net: nn.Module, latent: int, sparsifier: Sparsifier | None = None, scale: bool = True) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        latent: int,
+        sparsifier: Sparsifier | None = None,
+        scale: bool = True,
+        anchored: bool = True,
+    ) -> None:
         super().__init__()
-        self.net, self.latent, self.scale = net, latent, scale
+        self.net, self.latent, self.scale, self.anchored = net, latent, scale, anchored
         self.sparsifier: nn.Module = sparsifier if sparsifier is not None else SparseSoftmax()
 
     def moments(self, r: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
         """mu_e and sigma_e of environments r ``(R, F)``: two tensors ``(R, d)``."""
-        out = self.net(r).to(r.dtype) * perturbed.unsqueeze(-1)
+        out = self.net(r).to(r.dtype)
+        if self.anchored:
+            out = out * perturbed.unsqueeze(-1)
         loc = self.sparsifier(out[..., : self.latent])
         if not self.scale:
             return loc, torch.ones_like(loc)
         raw = out[..., self.latent : 2 * self.latent]
-        bounded = _LOG_SCALE_BOUND * torch.tanh(raw / _LOG_SCALE_BOUND)
-        return loc, self.sparsifier(bounded).exp()
+        return loc, self.sparsifier(bounded_log_scale(raw)).exp()
 
     def forward(self, batch: Batch) -> dist.Independent:
         """Normal of batch shape (n,), event shape (d,)."""
         loc, scale = self.moments(batch.r, batch.perturbed)
         return normal(F.embedding(batch.row, loc), F.embedding(batch.row, scale))
+
+
+def bounded_log_scale(raw: Tensor) -> Tensor:
+    """A network's output as log sigma_e, smoothly kept within e^-3 and e^3."""
+    return _LOG_SCALE_BOUND * torch.tanh(raw / _LOG_SCALE_BOUND)
 
 
 class TablePrior(nn.Module):

@@ -12,11 +12,13 @@ from torch import nn
 from guides import AmortisedGuide, amortise
 from pyro_scm import models
 from pyro_scm.batch import Schema
+from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import CheckpointError, ModelError
 from pyro_scm.model import LatentModel
+from pyro_scm.objectives import Objective, adversarial_prior
 from pyro_scm.run import Run
 
-__all__ = ["RECIPES", "Recipe", "load", "make", "recipe"]
+__all__ = ["RECIPES", "Recipe", "load", "make", "objective", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,16 @@ class Recipe:
         inputs: of the guide.
         family: of the guide.
         section: of the seed or paper that it comes from.
+        objective: (model, training cells, options) -> what it must be trained with, where that is not the ELBO alone.
+        critic_steps: see `pyro_scm.fit`.
     """
 
     build: Callable[..., LatentModel]
     inputs: tuple[str, ...] = ("x", "e")
     family: str = "normal"
     section: str = ""
+    objective: Callable[..., Objective] | None = None
+    critic_steps: int = 1
 
     @property
     def summary(self) -> str:
@@ -55,6 +61,9 @@ RECIPES: dict[str, Recipe] = {
     "translation_vae": Recipe(models.translation_vae, section="4.8"),
     "structured_environment_vae": Recipe(models.structured_environment_vae, section="4.5, 4.9"),
     "structured_translation_vae": Recipe(models.structured_translation_vae, section="4.8, 4.9"),
+    "adversarial_prior_ae": Recipe(
+        models.adversarial_prior_ae, family="point", section="4.10", objective=adversarial_prior, critic_steps=5
+    ),
 }
 
 
@@ -93,6 +102,7 @@ def make(
     guide_hidden: Sequence[int] = (128,),
     conditioning: str = "concatenate",
     inputs: Sequence[str] | None = None,
+    family: str | None = None,
     **options: Any,
 ) -> tuple[LatentModel, AmortisedGuide]:
     """Model and guide by name.
@@ -103,6 +113,7 @@ def make(
         guide_hidden: widths of the encoder's hidden layers.
         conditioning: see `guides.amortise`.
         inputs: of the guide; the recipe's own by default.
+        family: of the guide, ``"normal"`` or ``"point"``; the recipe's own by default.
         **options: of the model.
 
     Raises:
@@ -119,9 +130,25 @@ def make(
         inputs=found.inputs if inputs is None else inputs,
         hidden=guide_hidden,
         conditioning=conditioning,
-        family=found.family,
+        family=found.family if family is None else family,
     )
     return model, guide
+
+
+def objective(name: str, model: LatentModel, cells: EnvironmentDataset, **options: Any) -> Objective:
+    """What a named model is trained with: the recipe's own objective, else the ELBO.
+
+    Args:
+        name: see `recipe`.
+        model: that `make` made.
+        cells: training cells.
+        **options: of the objective.
+
+    Raises:
+        ModelError: unknown names.
+    """
+    build = recipe(name).objective
+    return Objective(**options) if build is None else build(model, cells, **options)
 
 
 def load(folder: str | Path, model: nn.Module | None = None, guide: nn.Module | None = None) -> Run:

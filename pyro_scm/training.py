@@ -196,6 +196,8 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = max(self.rates) * factor
         self._set_temperature(self.epoch)
+        for penalty in self.system.objective.penalties.values():
+            penalty.at(done)
         order = self.training.order(self.epoch, self.settings.shuffle)
         size = self.settings.batch_size
         steps = math.ceil(len(order) / size)

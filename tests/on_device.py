@@ -353,7 +353,10 @@ def test_a_tensor_that_stayed_behind_is_found() -> None:
 def test_every_contract_holds_there(name: str) -> None:
     data = screens.cells("negative-binomial")
     model, guide = screens.make(name, data.schema)
-    check(model.to(NAME), guide.to(NAME), data.batch(np.arange(20)).to(NAME))
+    objective = screens.objective(name, model)
+    for penalty in objective.penalties.values() if objective is not None else ():
+        penalty.to(NAME)
+    check(model.to(NAME), guide.to(NAME), data.batch(np.arange(20)).to(NAME), objective)
 
 
 def test_usual_pyro_trains_the_model_there() -> None:

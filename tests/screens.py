@@ -59,6 +59,12 @@ def make(name: str, schema: Schema, **others: Any) -> tuple[Any, Any]:
     return recipes.make(name, schema, **{**options(name), **others})
 
 
+def objective(name: str, model: Any) -> Any:
+    """What a named model is trained with, in which every parameter has a part."""
+    torch.manual_seed(2)
+    return recipes.objective(name, model, cells())
+
+
 def train(name: str = "environment_vae", data: EnvironmentDataset | None = None, **settings: Any) -> Run:
     """A short training of a small model."""
     data = cells() if data is None else data

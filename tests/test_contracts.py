@@ -21,7 +21,7 @@ from pyro_scm.recipes import RECIPES
 from pyro_scm.scm import LinearSCM
 from pyro_scm.shifts import LinearShift
 from pyro_scm.sites import C
-from tests.screens import KINDS, cells, hierarchical, make
+from tests.screens import KINDS, cells, hierarchical, make, objective
 
 CHAIN = graphs.from_edges([(0, 1), (1, 2)])
 
@@ -50,7 +50,8 @@ def chain() -> tuple[Any, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_named_model_keeps_the_contract(name: str, kind: str) -> None:
-    check(*make(name, cells(kind).schema), batch(kind))
+    model, guide = make(name, cells(kind).schema)
+    check(model, guide, batch(kind), objective(name, model))
 
 
 @pytest.mark.parametrize(

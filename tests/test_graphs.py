@@ -1,6 +1,7 @@
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import networkx as nx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,3 +105,41 @@ def test_no_nodes_are_refused() -> None:
 def test_a_sound_graph_is_returned_itself() -> None:
     graph = graphs.full(3)
     assert graphs.checked(graph) is graph
+
+
+# ---------------------------------------------------------------------- what layers can hold
+def holds(graph: nx.DiGraph, depth: int, width: int) -> bool:
+    """By trying every injection of the nodes into the layers' places."""
+    layers = graphs.layered(depth * width, depth)
+    nodes = list(graph)
+    return any(
+        all(layers.has_edge(place[nodes.index(a)], place[nodes.index(b)]) for a, b in graph.edges)
+        for place in permutations(layers.nodes, len(nodes))
+    )
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(nodes=st.integers(1, 5), seed=st.integers(0, 10_000), depth=st.integers(1, 3), width=st.integers(1, 2))
+def test_layers_of_finds_a_place_exactly_where_there_is_one(nodes: int, seed: int, depth: int, width: int) -> None:
+    graph = graphs.multi_growing(nodes, seed, parents=2)
+    found = graphs.layers_of(graph, depth, width)
+    assert (found is not None) == (nodes <= depth * width and holds(graph, depth, width))
+    if found is not None:
+        assert set(found) == set(graph)
+        assert all(found[b] == found[a] + 1 for a, b in graph.edges)
+        assert max(list(found.values()).count(layer) for layer in range(depth)) <= width
+
+
+def test_a_shortcut_fits_no_layers_and_a_chain_needs_its_length() -> None:
+    assert graphs.layers_of(graphs.full(3), 9, 9) is None  # 0 -> 2 beside 0 -> 1 -> 2
+    chain = graphs.from_edges([(0, 1), (1, 2)])
+    assert graphs.layers_of(chain, 2, 3) is None
+    assert graphs.layers_of(chain, 3, 1) == {0: 0, 1: 1, 2: 2}
+    assert graphs.layers_of(graphs.independent(4), 2, 1) is None
+
+
+def test_the_strongest_edges_are_kept_and_none_closes_a_cycle() -> None:
+    strength = np.array([[0.0, 0.2, 0.5], [0.9, 0.0, 0.0], [0.0, 0.8, 0.0]])  # [j, i] of i -> j
+    assert sorted(graphs.strongest(strength, "abc").edges) == [("a", "b"), ("b", "c")]
+    assert sorted(graphs.strongest(strength, "abc", cut=0.8).edges) == [("a", "b")]
+    assert list(graphs.strongest(0 * strength, "abc").nodes) == ["a", "b", "c"]

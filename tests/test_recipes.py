@@ -53,6 +53,7 @@ def test_every_named_model_has_a_recipe() -> None:
     ("name", "inputs", "family"),
     [
         ("ae", ("x",), PointEncoder),
+        ("adversarial_prior_ae", ("x", "e"), PointEncoder),
         ("vae", ("x",), GaussianEncoder),
         ("conditional_vae", ("x", "e"), GaussianEncoder),
         ("environment_vae", ("x", "e"), GaussianEncoder),
@@ -95,7 +96,7 @@ def test_options_reach_the_model_and_the_guide() -> None:
 
 
 def test_unknown_names_and_options_are_refused() -> None:
-    message = r"unknown model 'gan': use one of ae, vae, .*, structured_translation_vae, or FILE\.py:FUNCTION"
+    message = r"unknown model 'gan': use one of ae, vae, .*, adversarial_prior_ae, or FILE\.py:FUNCTION"
     with pytest.raises(ModelError, match=message):
         make("gan", cells().schema)
     with pytest.raises(ModelError, match="model 'vae' has no option depth, width: it has latent, hidden, likelihood"):

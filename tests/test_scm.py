@@ -19,7 +19,7 @@ from pyro_scm.likelihoods import Gaussian
 from pyro_scm.model import LatentModel
 from pyro_scm.nn import MaskedMLP, mlp
 from pyro_scm.priors import StandardPrior
-from pyro_scm.scm import IndependentSCM, LatentSCM, LinearSCM, MechanismSCM
+from pyro_scm.scm import IndependentSCM, LatentSCM, LinearSCM, MechanismSCM, OrderFreeSCM
 
 NAN = float("nan")
 
@@ -502,3 +502,102 @@ def test_single_interventions_at_once_equal_the_general_solution(gained: bool) -
             clamp[j] = value
             assert torch.allclose(c, scm.solve(z, gain, clamp), atol=1e-4)
             assert torch.allclose(c[:, j], value, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- edges that are learnt
+def test_an_edge_below_the_cut_is_absent_and_can_come_back() -> None:
+    scm = LinearSCM(graphs.full(3), cut=0.2)
+    with torch.no_grad():
+        scm.weight.copy_(torch.tensor([[9.0, 9.0, 9.0], [0.1, 9.0, 9.0], [-0.5, 0.2, 9.0]]))
+    assert torch.equal(scm.matrix, torch.tensor([[0.0, 0, 0], [0, 0, 0], [-0.5, 0, 0]]))
+    assert list(scm.learnt().edges) == [(0, 2)]
+    z = torch.randn(4, 3)
+    assert torch.equal(scm.solve(z)[:, 1], z[:, 1])
+    (slope,) = torch.autograd.grad(scm.solve(z)[:, 1].sum(), scm.weight)
+    assert float(slope[1, 0]) == pytest.approx(float(z[:, 0].sum()), rel=1e-5)  # as if the gate were open
+
+
+def test_a_gate_of_a_network_closes_what_cannot_matter() -> None:
+    torch.manual_seed(0)
+    scm = MechanismSCM(graphs.full(3), hidden=5, cut=0.3)
+    last = scm.mechanisms[-1]
+    with torch.no_grad():
+        last.first[:, :, 0] *= 0.01  # type: ignore[index, operator]
+    assert float(scm.strength()[2, 0].detach()) == 0
+    assert (1, 2) in scm.learnt().edges
+    assert (0, 2) not in scm.learnt().edges
+    z = torch.randn(6, 3)
+    cut = scm.solve(z, do=torch.tensor([5.0, 0.0, NAN]))
+    assert torch.allclose(cut[:, 2], scm.solve(z, do=torch.tensor([-5.0, 0.0, NAN]))[:, 2])
+    ungated = MechanismSCM(graphs.full(3), hidden=5)
+    bound = ungated.strength().detach()
+    for i in (0, 1):  # the strength bounds the slope
+        step = torch.zeros(3)
+        step[i] = 1e-2
+        change = (ungated.effects(z + step) - ungated.effects(z)).abs().amax(0) / 1e-2
+        assert bool((change <= bound[:, i] + 1e-3).all())
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), gain_shape=st.sampled_from([None, (), (5,)]), clamp=st.booleans())
+def test_an_order_free_layer_solves_any_order_and_cycles_too(
+    seed: int, gain_shape: tuple[int, ...] | None, clamp: bool
+) -> None:
+    torch.manual_seed(seed)
+    scm = OrderFreeSCM(4, initial=0.3, cut=0.0).double()
+    with torch.no_grad():
+        scm.weight.normal_().mul_(0.3)
+    z = torch.randn(5, 4, dtype=torch.float64)
+    gain = None if gain_shape is None else torch.randint(0, 2, (*gain_shape, 4)).double()
+    do = torch.tensor([NAN, 2.0, NAN, NAN]).double() if clamp else None
+    c = scm.solve(z, gain, do)
+    expected = (1.0 if gain is None else gain) * (c @ scm.matrix.T) + z
+    if clamp:
+        expected[..., 1] = 2.0
+    assert torch.allclose(c, expected)
+    if not clamp:
+        assert torch.allclose(scm.noise(c, gain), z)
+    values = torch.tensor([-1.0, 3.0]).double()
+    each = scm.solve_each(z, [0, 2], values)
+    for a, j in enumerate((0, 2)):
+        for b, value in enumerate(values):
+            asked = torch.full((4,), NAN, dtype=torch.float64)
+            asked[j] = value
+            assert torch.allclose(each[a, b], scm.solve(z, None, asked))
+
+
+def test_cutting_every_variable_leaves_the_noise_in_any_order() -> None:
+    scm = OrderFreeSCM(3, initial=1.0, cut=0.0)
+    z = torch.randn(6, 3)
+    assert torch.allclose(scm.solve(z, torch.zeros(3)), z)
+
+
+def test_an_order_free_layer_restricted_to_its_graph_is_the_linear_one() -> None:
+    scm = OrderFreeSCM(3, cut=0.0)
+    with torch.no_grad():
+        scm.weight.copy_(torch.tensor([[0.0, 0.9, 0.1], [0.2, 0.0, 0.8], [0.0, 0.0, 0.0]]))
+    graph = scm.learnt(0.05)
+    assert sorted(graph.edges) == [(1, 0), (2, 0), (2, 1)]  # 0 -> 1 would close a cycle
+    scm.restrict(graph)
+    assert sorted(scm.learnt().edges) == sorted(graph.edges)
+    linear = LinearSCM(graph)
+    order = [scm.nodes.index(n) for n in linear.nodes]
+    with torch.no_grad():
+        linear.weight.copy_(scm.matrix[order][:, order])
+    z = torch.randn(5, 3)
+    assert torch.allclose(scm.solve(z)[:, order], linear.solve(z[:, order]))
+    with pytest.raises(ModelError, match="edges that this layer never had"):
+        scm.restrict(graphs.full(3))
+    with pytest.raises(ModelError, match="give the same"):
+        scm.restrict(graphs.full(4))
+
+
+@pytest.mark.parametrize("layer", [LinearSCM, MechanismSCM])
+def test_a_negative_cut_is_refused(layer: Any) -> None:
+    with pytest.raises(ModelError, match="cut = -1: give the size below which an edge is absent"):
+        layer(graphs.full(2), cut=-1)
+
+
+def test_no_edges_have_no_strength() -> None:
+    assert torch.equal(IndependentSCM(2).strength(), torch.zeros(2, 2))
+    assert not IndependentSCM(2).learnt().edges

@@ -17,6 +17,7 @@ from pyro_scm.cli.demo import add as add_demo
 from pyro_scm.cli.embed import add as add_embed
 from pyro_scm.cli.evaluate import add as add_evaluate
 from pyro_scm.cli.fit import add as add_fit
+from pyro_scm.cli.identify import add as add_identify
 from pyro_scm.cli.models import add as add_models
 from pyro_scm.cli.parsing import Formatter, Parser, ShowVersion, add_general
 from pyro_scm.cli.predict import add as add_predict
@@ -52,6 +53,7 @@ VERBS = (
     add_predict,
     add_counterfactual,
     add_embed,
+    add_identify,
     add_compare,
     add_tune,
     add_demo,

@@ -179,7 +179,7 @@ def run(args: Namespace) -> None:
     memory = _resumed(args, out) if args.resume else _planned(args, out)
     check_device(args.device)
     import pyro_scm
-    from pyro_scm import parallel
+    from pyro_scm import parallel, recipes
 
     several = (args.devices or 1) * (args.nodes or 1) > 1
     fabric = parallel.launch(args.devices or 1, args.nodes or 1, args.device) if several else None
@@ -203,7 +203,8 @@ def run(args: Namespace) -> None:
         checkpoint=out,
         checkpoint_every=args.checkpoint_every,
         progress=False if args.quiet else None,
-        **memory.training,
+        objective=recipes.objective(memory.model, model, train),
+        **{"critic_steps": recipe(memory.model).critic_steps, **memory.training},
     )
     if first:
         _report(fitted.to("cpu"), test, args)

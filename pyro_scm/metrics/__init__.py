@@ -4,6 +4,7 @@
 - `distances`: sets of cells: energy distance, maximum mean discrepancy, variances, marginals.
 - `recovery`: latents, targets and effects of environments: matching, regressions, DCI, changed latents.
 - `graph`: adjacency matrices: structural Hamming distance, edges, order. `rotation`: decoders of two latents.
+- `probe`: how well the environment can be read off latents, by a trained classifier on held-out cells.
 - `uncertainty`: bootstrap intervals over conditions or seeds.
 
 Conventions that hold for every function here:
@@ -37,6 +38,7 @@ from pyro_scm.metrics.prediction import (
     rmse,
     squared_pearson,
 )
+from pyro_scm.metrics.probe import Probe, environment_probe
 from pyro_scm.metrics.recovery import (
     DCI,
     Detection,
@@ -58,6 +60,7 @@ __all__ = [
     "Detection",
     "Interval",
     "Matching",
+    "Probe",
     "ancestral_violations",
     "angle_to_axis",
     "bootstrap_interval",
@@ -71,6 +74,7 @@ __all__ = [
     "edge_scores",
     "effect_concentration",
     "energy_distance",
+    "environment_probe",
     "gene_wasserstein",
     "linear_r2",
     "mae",

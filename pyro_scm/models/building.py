@@ -10,12 +10,14 @@ from pyro_scm import graphs
 from pyro_scm.batch import Schema
 from pyro_scm.errors import ModelError
 from pyro_scm.likelihoods import Likelihood, likelihood_for
+from pyro_scm.masks import MaskedPrior, MaskedShift, OneOf, SpikeSlab
 from pyro_scm.model import LatentModel
 from pyro_scm.nn import mlp, reset_parameters
-from pyro_scm.priors import Dense, SparseSoftmax, Sparsifier, TopK
-from pyro_scm.scm import LatentSCM, LinearSCM, MechanismSCM
+from pyro_scm.priors import Dense, EnvironmentPrior, SparseSoftmax, Sparsifier, TopK
+from pyro_scm.scm import LatentSCM, LinearSCM, MechanismSCM, OrderFreeSCM
+from pyro_scm.shifts import EnvironmentShift
 
-__all__ = ["causal_layer", "decoder", "recorded", "sparsifier_for"]
+__all__ = ["causal_layer", "decoder", "environment_prior", "environment_shift", "recorded", "sparsifier_for"]
 
 P = ParamSpec("P")
 
@@ -54,20 +56,80 @@ def sparsifier_for(kind: str, temperature: float, k: int) -> Sparsifier:
         return TopK(k)
     if kind == "dense":
         return Dense()
-    raise ModelError(f"unknown sparsity {kind!r}: use 'softmax', 'top-k' or 'dense'")
+    raise ModelError(
+        f"unknown sparsity {kind!r}: use 'softmax', 'top-k' or 'dense', or in the Environment and Translation VAE a "
+        "learnt mask, 'one-of' or 'spike-slab'"
+    )
 
 
-def causal_layer(latent: int, mechanism: str, depth: int, graph: nx.DiGraph | None) -> LatentSCM:
-    """A causal layer over a given graph, or over `depth` layers each fully connected to the next.
+def _mask(kind: str, latent: int, temperature: float, k: int) -> OneOf | SpikeSlab | None:
+    """The learnt mask of a kind; None where the kind is a sparsifier's."""
+    if kind == "one-of":
+        return OneOf(temperature)
+    if kind == "spike-slab":
+        return SpikeSlab(k / latent, temperature)
+    return None
+
+
+def environment_prior(
+    schema: Schema, latent: int, hidden: Sequence[int], kind: str, temperature: float, k: int, scale: bool
+) -> EnvironmentPrior | MaskedPrior:
+    """p(z | e) with a network of r_e, sparse by a sparsifier or by a learnt mask (``"one-of"``, ``"spike-slab"``).
 
     Raises:
-        ModelError: an unknown mechanism, or a graph of another size.
+        ModelError: an unknown kind.
     """
+    mask = _mask(kind, latent, temperature, k)
+    if mask is None:
+        net = mlp(len(schema.features), hidden, 2 * latent)
+        return EnvironmentPrior(net, latent, sparsifier_for(kind, temperature, k), scale)
+    net = mlp(len(schema.features), hidden, (3 if scale else 2) * latent)
+    return MaskedPrior(net, latent, mask, len(schema.environments), scale)
+
+
+def environment_shift(
+    schema: Schema, latent: int, hidden: Sequence[int], kind: str, temperature: float, k: int
+) -> EnvironmentShift | MaskedShift:
+    """A shift with a network of r_e; kinds as of `environment_prior`.
+
+    Raises:
+        ModelError: an unknown kind.
+    """
+    mask = _mask(kind, latent, temperature, k)
+    if mask is None:
+        return EnvironmentShift(mlp(len(schema.features), hidden, latent), sparsifier_for(kind, temperature, k))
+    return MaskedShift(mlp(len(schema.features), hidden, 2 * latent), latent, mask, len(schema.environments))
+
+
+def causal_layer(
+    latent: int, mechanism: str, depth: int, graph: nx.DiGraph | None, edges: str = "all", cut: float = 0.05
+) -> LatentSCM:
+    """A causal layer over a given graph, or over `depth` layers each fully connected to the next.
+
+    Args:
+        latent: d.
+        mechanism: ``"linear"`` or ``"network"``.
+        depth: of the layers.
+        graph: instead of the layers.
+        edges: ``"all"`` of the graph; ``"gated"``: those of them that are stronger than `cut`; ``"order-free"``: any,
+            the order is learnt too (linear, takes no graph).
+        cut: see `edges`.
+
+    Raises:
+        ModelError: an unknown mechanism, a graph of another size, or edges that do not go with them.
+    """
+    if edges not in ("all", "gated", "order-free"):
+        raise ModelError(f"unknown edges {edges!r}: use 'all', 'gated' or 'order-free'")
+    if edges == "order-free":
+        if mechanism != "linear" or graph is not None:
+            raise ModelError("order-free edges are of a linear layer without a given graph: leave both options out")
+        return OrderFreeSCM(latent, cut=cut)
+    cut = cut if edges == "gated" else 0.0
     graph = graphs.layered(latent, min(depth, latent)) if graph is None else graph
     if len(graph) != latent:
         raise ModelError(f"the graph has {len(graph)} nodes and latent is {latent}: make them equal")
     if mechanism == "linear":
-        return LinearSCM(graph)
+        return LinearSCM(graph, cut=cut)
     if mechanism == "network":
-        return MechanismSCM(graph)
+        return MechanismSCM(graph, cut=cut)
     raise ModelError(f"unknown mechanism {mechanism!r}: use 'linear' or 'network'")

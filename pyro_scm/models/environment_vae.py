@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 from pyro_scm.batch import Schema
 from pyro_scm.model import LatentModel
-from pyro_scm.models.building import decoder, recorded, sparsifier_for
-from pyro_scm.nn import mlp
-from pyro_scm.priors import EnvironmentPrior
+from pyro_scm.models.building import decoder, environment_prior, recorded
 
 
 @recorded
@@ -35,12 +33,12 @@ def environment_vae(
         latent: d.
         hidden: widths of the decoder's hidden layers; empty for a linear decoder.
         environment_hidden: widths of the environment network's hidden layers.
-        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``.
-        temperature: T of the softmax; `fit(..., temperature=...)` may schedule it.
-        k: latents that an environment may move, of top-k.
+        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``; or a mask learnt with its uncertainty: ``"one-of"`` (one
+            latent an environment, a categorical target) or ``"spike-slab"`` (each latent by itself).
+        temperature: T of the softmax, which `fit(..., temperature=...)` may schedule, or of a mask's relaxation.
+        k: latents that an environment may move: of top-k; of spike-slab the number expected a priori.
         scale: whether an environment also changes the scale of the noise.
         likelihood: see `likelihood_for`.
     """
-    net = mlp(len(schema.features), environment_hidden, 2 * latent)
-    prior = EnvironmentPrior(net, latent, sparsifier_for(sparsity, temperature, k), scale)
+    prior = environment_prior(schema, latent, environment_hidden, sparsity, temperature, k, scale)
     return LatentModel(prior, decoder(schema, latent, hidden, likelihood))

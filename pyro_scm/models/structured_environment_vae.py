@@ -8,7 +8,8 @@ from pyro_scm.batch import Schema
 from pyro_scm.model import LatentModel
 from pyro_scm.models.building import causal_layer, decoder, recorded, sparsifier_for
 from pyro_scm.nn import mlp
-from pyro_scm.priors import EnvironmentPrior
+from pyro_scm.priors import Dense, EnvironmentPrior
+from pyro_scm.regimes import TargetedPrior, regime_for
 
 
 @recorded
@@ -21,6 +22,10 @@ def structured_environment_vae(
     mechanism: str = "linear",
     depth: int = 4,
     graph: nx.DiGraph | None = None,
+    edges: str = "all",
+    cut: float = 0.05,
+    interventions: str = "noise",
+    targets: Sequence[str | None] | None = None,
     sparsity: str = "softmax",
     temperature: float = 1.0,
     k: int = 1,
@@ -34,6 +39,7 @@ def structured_environment_vae(
 
     Identified: the noise z as in the Environment VAE. The graph is not, as long as environments are noise
     interventions and the decoder is flexible (the decoder absorbs it); hard interventions identify it.
+    `pyro_scm.identify` says which holds.
 
     Args:
         schema: of the training cells.
@@ -43,6 +49,13 @@ def structured_environment_vae(
         mechanism: ``"linear"`` or ``"network"``.
         depth: layers of the default graph, each fully connected to the next.
         graph: any DAG of d nodes instead.
+        edges: ``"all"`` of that graph, ``"gated"`` (learnt among them) or ``"order-free"`` (any DAG, linear); train
+            with `EdgeSparsity` of `objectives.structure`, order-free ones with its `Acyclicity` too.
+        cut: learnt edges not stronger than this are absent.
+        interventions: what environments do to their targets: ``"noise"`` (its law), ``"hard"`` (parents cut, a law of
+            its own) or ``"mechanism"`` (f_j rescaled, and its law).
+        targets: of each environment of the schema where they are known: see `regimes.target_labels`; None for all
+            unknown. Unknown ones are learnt by a sparse gate on r_e, except for ``"noise"``, where the prior is sparse.
         sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``.
         temperature: T of the softmax; `fit(..., temperature=...)` may schedule it.
         k: latents that an environment may move, of top-k.
@@ -50,6 +63,10 @@ def structured_environment_vae(
         likelihood: see `likelihood_for`.
     """
     net = mlp(len(schema.features), environment_hidden, 2 * latent)
-    prior = EnvironmentPrior(net, latent, sparsifier_for(sparsity, temperature, k), scale)
-    scm = causal_layer(latent, mechanism, depth, graph)
-    return LatentModel(prior, decoder(schema, latent, hidden, likelihood), scm=scm)
+    scm = causal_layer(latent, mechanism, depth, graph, edges, cut)
+    acted, regime = regime_for(schema, scm.nodes, interventions, targets, environment_hidden, temperature)
+    if acted is None:
+        prior = EnvironmentPrior(net, latent, sparsifier_for(sparsity, temperature, k), scale)
+    else:
+        prior = TargetedPrior(net, latent, acted, Dense(), scale, owner=regime is None)
+    return LatentModel(prior, decoder(schema, latent, hidden, likelihood), scm=scm, regime=regime)

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 import networkx as nx
+from torch import nn
 
 from pyro_scm.batch import Schema
 from pyro_scm.model import LatentModel
 from pyro_scm.models.building import causal_layer, decoder, recorded, sparsifier_for
 from pyro_scm.nn import mlp
-from pyro_scm.priors import StandardPrior
+from pyro_scm.priors import Dense, StandardPrior
+from pyro_scm.regimes import TargetedShift, regime_for
 from pyro_scm.shifts import EnvironmentShift
 
 
@@ -22,6 +24,10 @@ def structured_translation_vae(
     mechanism: str = "linear",
     depth: int = 4,
     graph: nx.DiGraph | None = None,
+    edges: str = "all",
+    cut: float = 0.05,
+    interventions: str = "noise",
+    targets: Sequence[str | None] | None = None,
     sparsity: str = "softmax",
     temperature: float = 1.0,
     k: int = 1,
@@ -40,13 +46,25 @@ def structured_translation_vae(
         mechanism: ``"linear"`` or ``"network"``.
         depth: layers of the default graph, each fully connected to the next.
         graph: any DAG of d nodes instead.
+        edges: ``"all"`` of that graph, ``"gated"`` (learnt among them) or ``"order-free"`` (any DAG, linear); train
+            with `EdgeSparsity` of `objectives.structure`, order-free ones with its `Acyclicity` too.
+        cut: learnt edges not stronger than this are absent.
+        interventions: what environments do to their targets: ``"noise"`` (its law), ``"hard"`` (parents cut, a law of
+            its own) or ``"mechanism"`` (f_j rescaled, and its law).
+        targets: of each environment of the schema where they are known: see `regimes.target_labels`; None for all
+            unknown. Unknown ones are learnt by a sparse gate on r_e, except for ``"noise"``, where the prior is sparse.
         sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``.
         temperature: T of the softmax; `fit(..., temperature=...)` may schedule it.
         k: latents that an environment may move, of top-k.
         likelihood: see `likelihood_for`.
     """
-    shift = EnvironmentShift(
-        mlp(len(schema.features), environment_hidden, latent), sparsifier_for(sparsity, temperature, k)
-    )
-    scm = causal_layer(latent, mechanism, depth, graph)
-    return LatentModel(StandardPrior(latent), decoder(schema, latent, hidden, likelihood), scm=scm, shift=shift)
+    net = mlp(len(schema.features), environment_hidden, latent)
+    scm = causal_layer(latent, mechanism, depth, graph, edges, cut)
+    acted, regime = regime_for(schema, scm.nodes, interventions, targets, environment_hidden, temperature)
+    shift: nn.Module
+    if acted is None:
+        shift = EnvironmentShift(net, sparsifier_for(sparsity, temperature, k))
+    else:
+        shift = TargetedShift(EnvironmentShift(net, Dense()), acted, owner=regime is None)
+    likelihoods = decoder(schema, latent, hidden, likelihood)
+    return LatentModel(StandardPrior(latent), likelihoods, scm=scm, shift=shift, regime=regime)

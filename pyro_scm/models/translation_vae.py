@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 from pyro_scm.batch import Schema
 from pyro_scm.model import LatentModel
-from pyro_scm.models.building import decoder, recorded, sparsifier_for
-from pyro_scm.nn import mlp
+from pyro_scm.models.building import decoder, environment_shift, recorded
 from pyro_scm.priors import StandardPrior
-from pyro_scm.shifts import EnvironmentShift
 
 
 @recorded
@@ -34,12 +32,11 @@ def translation_vae(
         latent: d.
         hidden: widths of the decoder's hidden layers; empty for a linear decoder.
         environment_hidden: widths of the environment network's hidden layers.
-        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``.
-        temperature: T of the softmax; `fit(..., temperature=...)` may schedule it.
-        k: latents that an environment may move, of top-k.
+        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``; or a mask learnt with its uncertainty: ``"one-of"`` (one
+            latent an environment, a categorical target) or ``"spike-slab"`` (each latent by itself).
+        temperature: T of the softmax, which `fit(..., temperature=...)` may schedule, or of a mask's relaxation.
+        k: latents that an environment may move: of top-k; of spike-slab the number expected a priori.
         likelihood: see `likelihood_for`.
     """
-    shift = EnvironmentShift(
-        mlp(len(schema.features), environment_hidden, latent), sparsifier_for(sparsity, temperature, k)
-    )
+    shift = environment_shift(schema, latent, environment_hidden, sparsity, temperature, k)
     return LatentModel(StandardPrior(latent), decoder(schema, latent, hidden, likelihood), shift=shift)

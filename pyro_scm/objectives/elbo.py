@@ -88,6 +88,9 @@ class Penalty(nn.Module):
         """The unweighted term."""
         raise NotImplementedError  # abstract
 
+    def at(self, done: float) -> None:
+        """Training has done this share of its epochs: a penalty that changes with it overrides this."""
+
     def forward(self, world: World) -> Tensor:
         """Weight * penalty."""
         return self.weight * self.penalty(world)

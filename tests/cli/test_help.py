@@ -20,6 +20,7 @@ VERBS = (
     "predict",
     "counterfactual",
     "embed",
+    "identify",
     "compare",
     "tune",
     "demo",

@@ -17,7 +17,7 @@ from pyro_scm.objectives import Adversary, Objective, Penalty, World
 from pyro_scm.recipes import RECIPES
 from tests.screens import KINDS, cells, double, make
 
-VARIATIONAL = [name for name in RECIPES if name != "ae"]
+VARIATIONAL = [name for name, recipe in RECIPES.items() if recipe.family != "point"]
 
 
 def gradients(objective: Any, model: nn.Module, guide: nn.Module, batch: Batch, seed: int = 5) -> dict[str, Tensor]:

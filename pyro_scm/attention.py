@@ -1,0 +1,72 @@
+"""Attention of an environment to the latents that it moves, and the prior of a model that learns it by an adversary."""
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_scm.batch import Batch
+from pyro_scm.distributions import normal
+from pyro_scm.sites import DATA
+
+__all__ = ["ALPHA", "EPSILON", "Attention", "AttentivePrior", "counterfactual_code"]
+
+ALPHA = "alpha"
+"""Attention of each cell's environment, a deterministic site, batch (n,), event (d,)."""
+
+EPSILON = "epsilon"
+"""Fresh standard noise that takes the place of attended latents, batch (n,), event (d,)."""
+
+
+class Attention(nn.Module):
+    """alpha(e) = softmax(A(r_e) / T): non-negative, of sum 1 over the latents (seed section 4.10).
+
+    Args:
+        net: A, r ``(R, F)`` -> ``(R, d)``.
+        temperature: T; the lower, the nearer to one latent.
+    """
+
+    def __init__(self, net: nn.Module, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.net, self.temperature = net, temperature
+
+    def forward(self, r: Tensor) -> Tensor:
+        """r ``(R, F)`` -> ``(R, d)``."""
+        return torch.softmax(self.net(r).to(r.dtype) / self.temperature, -1)
+
+    def of_cells(self, batch: Batch) -> Tensor:
+        """``(n, d)``, each environment's attention computed once."""
+        return F.embedding(batch.row, self(batch.r))
+
+
+class AttentivePrior(nn.Module):
+    """A prior of z, with the attention of each environment beside it: sites ``alpha`` and ``epsilon`` ~ N(0, I).
+
+    Neither changes the law of z or x: they are what an adversary needs to make the counterfactual code. The noise is
+    drawn by the guide as it is here, so its KL is 0.
+
+    Args:
+        prior: of z.
+        attention: of the environments.
+    """
+
+    def __init__(self, prior: nn.Module, attention: Attention) -> None:
+        super().__init__()
+        self.prior, self.attention = prior, attention
+        self.latent = int(prior.latent)  # type: ignore[arg-type]
+
+    def forward(self, batch: Batch) -> object:
+        """The law of z; batch shape (n,), event shape (d,)."""
+        alpha = self.attention.of_cells(batch)
+        with poutine.block(hide=[DATA]):  # the model opens the plate for itself, and Pyro takes each name once
+            plate = batch.plate()
+        with plate:
+            pyro.deterministic(ALPHA, alpha, event_dim=1)
+            pyro.sample(EPSILON, normal(torch.zeros_like(alpha), torch.ones_like(alpha)), infer={"fresh": True})
+        return self.prior(batch)
+
+
+def counterfactual_code(z: Tensor, epsilon: Tensor, alpha: Tensor) -> Tensor:
+    """z_count = alpha * epsilon + (1 - alpha) * z, each ``(..., d)``."""
+    return torch.lerp(z, epsilon, alpha)
