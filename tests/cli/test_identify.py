@@ -31,7 +31,10 @@ def test_the_report_is_that_of_the_library(works: Works, folder: Path) -> None:
     printed = works("identify", folder / "run", folder / "sim.h5ad", "--test-share", "0.4", "--out", out)
     cells = synthetic.dataset(anndata.read_h5ad(folder / "sim.h5ad"))
     report = identify(load(folder / "run"), cells, held_out=0.4)
-    assert str(report) in printed
+    lines = [line for line in str(report).splitlines() if not line.startswith("held-out gain")]
+    assert len(lines) > 3
+    for line in lines:  # the numbers of the gain are compared below, to rounding
+        assert line in printed
     assert report.verdict in printed
     table = pd.read_csv(out, index_col=0)
     assert list(table.index) == ["noise z", "targets", "causal order", "graph"]
