@@ -38,7 +38,7 @@ def test_the_report_is_that_of_the_library(works: Works, folder: Path) -> None:
     assert report.verdict in printed
     table = pd.read_csv(out, index_col=0)
     assert list(table.index) == ["noise z", "targets", "causal order", "graph"]
-    assert table["gain"].tolist() == pytest.approx([report.gain] * 4, rel=1e-3)
+    assert table["gain"].tolist() == pytest.approx([report.gain] * 4, rel=2e-2)
 
 
 def test_other_interventions_and_estimators_can_be_asked_for(works: Works, folder: Path) -> None:
