@@ -33,7 +33,7 @@ class HardInterventions:
     genes: int = 30
     cells: int = 500
     seeds: tuple[int, ...] = tuple(range(20))
-    restarts: int = 2
+    restarts: int = 8
 
     @classmethod
     def preset(cls, name: str) -> "HardInterventions":
@@ -81,8 +81,8 @@ def one(config: HardInterventions, kind: str, model_kind: str, known: bool, seed
         targets=labels,
     )
     # the report fits exactly: the run only says which model is meant
-    run = infer.fit(model, guide, cells, epochs=1, batch_size=256, seeds=range(config.restarts), progress=False)
-    report = identify.identify(run, cells)
+    run = infer.fit(model, guide, cells, epochs=1, batch_size=256, progress=False)
+    report = identify.identify(run, cells, seeds=range(config.restarts))
     assert report.exact is not None
     truth = adata.uns["truth"]["graph"].T
     matched = metrics.mcc(adata.obsm["z"], report.exact.noise(np.asarray(cells.x), cells.env))

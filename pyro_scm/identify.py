@@ -41,6 +41,7 @@ __all__ = ["Claim", "Design", "Report", "claims", "identify"]
 FloatArray = NDArray[np.float64]
 
 _CHUNK = 512
+_RESTARTS = 8
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,8 @@ def identify(
         interventions: of the environments, if they are not what the model takes them for.
         estimator: ``"exact"``, ``"svi"``, or ``"auto"``: exact where that is possible.
         held_out: share of each environment's cells to score on.
-        seeds: of the fits, the run's by default.
+        seeds: of the fits: the run's by default; restarts of the exact estimator, 8 by default, the best of which counts
+            (its likelihood has several maxima).
         smallest: gain, in nats per cell, that a graph must be worth at the lower end of its interval.
         particles: of the importance-weighted bound.
         cut: |A| below which an edge of the exact fit is absent.
@@ -335,14 +337,14 @@ def identify(
             raise ModelError(f"unknown interventions {interventions!r}: use one of {kinds}")
         design = replace(design, interventions=interventions)
     split = splits.by_row(cells, held_out, seed=seed)
-    use = tuple(run.seeds if seeds is None else seeds)
     if possible and estimator != "svi":
-        gains, graph, found, full = _exact(model, split, acted, design.interventions, use, cut)
+        restarts = range(_RESTARTS) if seeds is None else seeds
+        gains, graph, found, full = _exact(model, split, acted, design.interventions, restarts, cut)
         if design.hits:  # the targets that the likelihood chose, where they are not known
             design = replace(design, hits=_hits(found))
     else:
         full = None
-        gains, graph = _variational(run, split, use, particles, seed)
+        gains, graph = _variational(run, split, run.seeds if seeds is None else seeds, particles, seed)
     return Report(
         design=design,
         claims=claims(design),

@@ -18,7 +18,7 @@ Works = Callable[..., str]
 def folder(tmp_path_factory: pytest.TempPathFactory, works_once: Callable[..., None]) -> Path:
     """A screen of hard interventions, and a linear run that learns the order."""
     where = tmp_path_factory.mktemp("identify")
-    words = "--latent 3 --genes 8 --environments 4 --cells 100 --interventions hard --decoder linear --graph 0-1,1-2"
+    words = "--latent 3 --genes 8 --environments 4 --cells 250 --interventions hard --decoder linear --graph 0-1,1-2"
     works_once("simulate", *words.split(), "--out", where / "sim.h5ad")
     words = "--model structured_environment_vae --environment perturbation --control control --latent 3 --epochs 1"
     words += " --option interventions=hard --option hidden=, --option edges=order-free --seeds 1"
