@@ -309,8 +309,8 @@ def identify(
         interventions: of the environments, if they are not what the model takes them for.
         estimator: ``"exact"``, ``"svi"``, or ``"auto"``: exact where that is possible.
         held_out: share of each environment's cells to score on.
-        seeds: of the fits, the run's by default; of the exact estimator restarts, 8 by default, of which the best counts:
-            its likelihood has several maxima.
+        seeds: of the fits, the run's by default; of the exact estimator restarts, 8 by default, of which the best
+            counts: its likelihood has several maxima.
         smallest: gain, in nats per cell, that a graph must be worth at the lower end of its interval.
         particles: of the importance-weighted bound.
         cut: |A| below which an edge of the exact fit is absent.
