@@ -17,6 +17,12 @@ test: install    ; $(BIN)/python -m pytest -m 'not slow' -n 2
 test-slow: install ; $(BIN)/python -m pytest -m slow
 lint: install    ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: install   ; $(BIN)/mypy
+# every figure at its quick size, two scripts at a time; those of real data where PYRO_SCM_DATA names its folder
+SIMULATED := two_latents five_latents densities hard_interventions counting_algorithm adversarial_prior irm_verdict \
+  ablation temporal next_environment
+REAL := l1000_explosion l1000_ceiling l1000_unseen_drugs papalexi_thp1 gene_programmes
 experiments: install
-	for script in papalexi_thp1 l1000_unseen_drugs; do $(BIN)/python -m experiments.$$script || exit; done
+	test -n "$$PYRO_SCM_DATA" || echo "PYRO_SCM_DATA is not set: leaving out $(REAL)"
+	printf '%s\n' $${PYRO_SCM_DATA:+$(REAL)} $(SIMULATED) | \
+	  OMP_NUM_THREADS=1 xargs -P 2 -I{} sh -c '$(BIN)/python -m experiments.{} || { echo "{} failed" >&2; exit 255; }'
 clean:           ; rm -rf .venv results build *.egg-info

@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     from pyro_scm.evaluation import compare
     from pyro_scm.infer import fit, grid
     from pyro_scm.model import LatentModel
-    from pyro_scm.objectives import IRM, ImportanceWeighted, Objective
+    from pyro_scm.objectives import IRM, EffectSparsity, ImportanceWeighted, Objective
     from pyro_scm.posterior import to_arviz
     from pyro_scm.programmes import gene_programmes
     from pyro_scm.query import counterfactual, do, effect, embed, expose, noise, predict, sweep
     from pyro_scm.recipes import load
     from pyro_scm.run import Run
     from pyro_scm.tuning import tune
+    from pyro_scm.unmixing import unmix
 
 _PLACES = {
+    "EffectSparsity": "objectives",
     "EnvironmentDataset": "data.dataset",
     "IRM": "objectives",
     "ImportanceWeighted": "objectives",
@@ -62,10 +64,12 @@ _PLACES = {
     "sweep": "query",
     "to_arviz": "posterior",
     "tune": "tuning",
+    "unmix": "unmixing",
 }
 
 __all__ = [
     "IRM",
+    "EffectSparsity",
     "EnvironmentDataset",
     "ImportanceWeighted",
     "InCausalVariables",
@@ -95,6 +99,7 @@ __all__ = [
     "sweep",
     "to_arviz",
     "tune",
+    "unmix",
 ]
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from pyro_scm.batch import Batch
 from pyro_scm.distributions import normal
+from pyro_scm.priors import SparseSoftmax
 from pyro_scm.sites import DATA
 
 __all__ = ["ALPHA", "EPSILON", "Attention", "AttentivePrior", "counterfactual_code"]
@@ -19,21 +20,30 @@ EPSILON = "epsilon"
 """Fresh standard noise that takes the place of attended latents, batch (n,), event (d,)."""
 
 
+class _Gate(SparseSoftmax):
+    """v -> softmax(v / T), whose T a schedule of the training sets as it does those of sparse priors."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        """v ``(..., d)`` -> ``(..., d)``, of sum 1."""
+        return torch.softmax(v / self.temperature, -1)
+
+
 class Attention(nn.Module):
     """alpha(e) = softmax(A(r_e) / T): non-negative, of sum 1 over the latents (seed section 4.10).
 
     Args:
         net: A, r ``(R, F)`` -> ``(R, d)``.
-        temperature: T; the lower, the nearer to one latent.
+        temperature: T; the lower, the nearer to one latent. `fit(..., temperature=...)` may schedule it.
     """
 
     def __init__(self, net: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
-        self.net, self.temperature = net, temperature
+        self.net, self.gate = net, _Gate(temperature)
 
     def forward(self, r: Tensor) -> Tensor:
         """r ``(R, F)`` -> ``(R, d)``."""
-        return torch.softmax(self.net(r).to(r.dtype) / self.temperature, -1)
+        alpha: Tensor = self.gate(self.net(r).to(r.dtype))
+        return alpha
 
     def of_cells(self, batch: Batch) -> Tensor:
         """``(n, d)``, each environment's attention computed once."""

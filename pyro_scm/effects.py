@@ -1,4 +1,4 @@
-"""What a fitted run says its environments do to the latents: attention, probabilities of learnt masks."""
+"""What a fitted run says its environments do to the latents: shifts, attention, probabilities of learnt masks."""
 
 from typing import Any
 
@@ -10,8 +10,30 @@ from pyro_scm.attention import AttentivePrior
 from pyro_scm.errors import ModelError
 from pyro_scm.masks import MaskedPrior, MaskedShift
 from pyro_scm.run import Run, members
+from pyro_scm.shifts import mover
 
-__all__ = ["attention", "mask"]
+__all__ = ["attention", "mask", "shifts"]
+
+
+def shifts(run: Run) -> pd.DataFrame:
+    """How far each environment moves the mean of each latent's noise, in standard deviations of the reference's noise.
+
+    Args:
+        run: from `fit` or `load`, of a model with an environment prior or an environment shift.
+
+    Returns:
+        One row a member and environment, one column a latent; 0 in reference environments. Latents of two members are
+        not the same variables.
+
+    Raises:
+        ModelError: a model whose environments move nothing.
+    """
+
+    def read(model: Any, r: Tensor, perturbed: Tensor) -> Tensor:
+        loc: Tensor = mover(model).moments(r, perturbed)[0]
+        return loc
+
+    return _table(run, read)
 
 
 def attention(run: Run) -> pd.DataFrame:

@@ -38,10 +38,24 @@ def full(nodes: int) -> nx.DiGraph:
 
 
 def layered(nodes: int, depth: int) -> nx.DiGraph:
-    """`depth` layers of equal width, each fully connected to the next ("depth n, width k", seed section 4.9).
+    """`depth` layers of equal width, each fully connected to the next and to no other (seed section 4.9).
 
-    It holds the DAGs whose nodes can be put into these layers with every edge from a layer to the next: `layers_of`
-    finds the layers. A chain needs its length in depth; a shortcut i -> k beside i -> j -> k has no place at all.
+    Widths differ by one at most where depth does not divide nodes, the wider layers first. A DAG is held, with weights
+    of 0 on the edges that it lacks, exactly if each of its nodes can be given a layer so that every edge goes from a
+    layer to the next and no layer gets more nodes than it has; `layers_of` finds them. All directed paths between two
+    nodes must then be of equal length.
+
+    So these are not all DAGs of depth n and width k, as the seed asks with a question mark: a shortcut i -> k beside
+    i -> j -> k has no place at any depth and width, nor can a spare node relay it, since that has noise of its own.
+    ``nx.transitive_closure(layered(n * k, n))``, given to a model as its ``graph=``, does hold all DAGs whose longest
+    path has at most n nodes and of whose nodes at most k are without a path between any two of them.
+
+    Args:
+        nodes: d.
+        depth: number of layers n.
+
+    Raises:
+        ModelError: more layers than nodes, or none.
     """
     if not 1 <= depth <= nodes:
         raise ModelError(f"{depth} layers for {nodes} nodes: choose a depth between 1 and the number of nodes")

@@ -46,6 +46,7 @@ def fit(
     precision: str = "float32",
     shuffle: str = "auto",
     fresh: bool = True,
+    start: Run | None = None,
     device: str | torch.device = "auto",
     fabric: Any = None,
     checkpoint: str | Path | None = None,
@@ -88,6 +89,8 @@ def fit(
         shuffle: order of the cells: ``"cells"`` draws them singly, ``"blocks"`` shuffles blocks of neighbours and the
             cells of 16 blocks at a time, which is how cells are read from disk; ``"auto"`` does so only there.
         fresh: draw initial parameters from the seeds; False starts every member from the present ones.
+        start: a run of a model and guide of the same structure, for example from `unmix`: each member starts from the
+            parameters of the run's member in its place.
         device: ``"auto"`` takes a GPU where there is one.
         fabric: a launched `lightning.fabric.Fabric`, whose processes train together; see `pyro_scm.parallel.launch`.
         checkpoint: folder to save to during training and to resume from if it holds an unfinished run.
@@ -120,7 +123,8 @@ def fit(
     processes = ranks(asked, fabric)
     where = processes.device(asked)
     system = System(model, guide, objective or Objective()).to(where)
-    trainer = Trainer(system, cells, validation, tuple(int(s) for s in seeds), settings, where, fresh, processes)
+    own = tuple(int(s) for s in seeds)
+    trainer = Trainer(system, cells, validation, own, settings, where, fresh, processes, start)
     if checkpoint is not None:
         trainer.resume(Path(checkpoint))
     trainer.first_step_is_valid()

@@ -1,13 +1,16 @@
 """Shifts added to the noise z by an environment: z + shift(e) enters the causal layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_scm.batch import Batch
+from pyro_scm.errors import ModelError
 from pyro_scm.priors import SparseSoftmax, Sparsifier
 
-__all__ = ["EnvironmentShift", "LinearShift"]
+__all__ = ["EnvironmentShift", "LinearShift", "mover"]
 
 
 class EnvironmentShift(nn.Module):
@@ -58,3 +61,17 @@ class LinearShift(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """``(n, d)``."""
         return F.embedding(batch.row, self.moments(batch.r, batch.perturbed)[0])
+
+
+def mover(model: Any) -> Any:
+    """The part of a model by which its environments move the latents: its shift, else its prior.
+
+    Its `moments` maps r ``(R, F)`` and ``(R,)`` whether perturbed to the mean and scale ``(R, d)`` of the noise.
+
+    Raises:
+        ModelError: a model whose environments move nothing.
+    """
+    for part in (getattr(model, "shift", None), getattr(model, "prior", None)):
+        if hasattr(part, "moments"):
+            return part
+    raise ModelError("this model's environments move no latents: use environment_vae or translation_vae")

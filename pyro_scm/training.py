@@ -116,9 +116,10 @@ class Trainer:
         device: of this process.
         fresh: whether the seeds draw initial parameters.
         ranks: the processes that train together.
+        start: a run to start from, or None.
 
     Raises:
-        ModelError: nothing to train.
+        ModelError: nothing to train, or a start of another structure.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Trainer:
         device: torch.device,
         fresh: bool,
         ranks: Ranks | None = None,
+        start: Run | None = None,
     ) -> None:
         self.system, self.seeds, self.settings, self.device = system, seeds, settings, device
         self.ranks = ranks or Ranks()
@@ -138,7 +140,10 @@ class Trainer:
         self.training = Feeder(cells, device)
         self.validation = Feeder(validation, device) if validation is not None else None
         generators = [torch.Generator(device).manual_seed(s) for s in seeds]
-        self.ensemble = Ensemble(system, stack_initial(system, seeds, fresh), generators)
+        initial = stack_initial(system, seeds, fresh)
+        if start is not None:
+            initial |= _started(system, start, len(seeds))
+        self.ensemble = Ensemble(system, initial, generators)
         parameters, critics = self.ensemble.parameters, system.critic_names()
         trained = [name for name, p in parameters.items() if p.requires_grad]
         names = [[name for name in trained if (name in critics) == side] for side in (False, True)]
@@ -490,6 +495,25 @@ class Trainer:
 def _each(value: float | tuple[float, ...], members: int) -> list[float]:
     """A setting of each member."""
     return list(value) if isinstance(value, tuple) else [value] * members
+
+
+def _started(system: System, start: Run, members: int) -> dict[str, Tensor]:
+    """Parameters of model and guide from a run; what belongs to the objective, and schedules' buffers, are not its."""
+    if len(start) != members:
+        raise ModelError(f"start has {len(start)} members and {members} seeds are given: give one seed a member")
+    found = {}
+    for name, p in system.named_parameters():
+        if not name.startswith(("model.", "guide.")):
+            continue
+        value = start.parameters.get(name)
+        if value is None or value.shape[1:] != p.shape:
+            there = "none" if value is None else str(tuple(value.shape[1:]))
+            raise ModelError(
+                f"start: parameter {name} has shape {there}, the model's {tuple(p.shape)}: give a run of a model and "
+                "guide of the same structure"
+            )
+        found[name] = value.detach().to(p)
+    return found
 
 
 def _mixed(*numbers: int) -> int:

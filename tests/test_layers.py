@@ -36,13 +36,15 @@ LAYERS = (
     " models.structured_environment_vae models.structured_translation_vae models.adversarial_prior_ae",
     "models",
     "objectives.elbo",
-    "objectives.importance objectives.irm objectives.counterfactual objectives.structure",
+    "objectives.importance objectives.irm objectives.counterfactual objectives.structure"
+    " objectives.sparsity",
     "objectives",
     "linear_gaussian",
     # training
     "ensemble checkpoints feeding parallel recording",
     "run",
     "training coordinates effects",
+    "unmixing",
     # what is asked of a trained model
     "metrics.arguments",
     "metrics.prediction metrics.rotation",

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from pyro_scm.data.dataset import EnvironmentDataset
 
-__all__ = ["CONTROL", "KnownNoise", "Screen", "dataset", "known", "simulate", "truth", "world"]
+__all__ = ["CONTROL", "SCREENS", "KnownNoise", "Screen", "dataset", "known", "simulate", "truth", "world"]
 
 CONTROL = "control"
 UNS_KEY = "truth"
@@ -55,19 +56,26 @@ class Screen:
         graph: ``"empty"``, ``"growing"``, ``"multi-growing"`` (0 to 3 parents), ``"layered"`` (2 layers or more), or
             edges [[parent, child], ...] over nodes 0..d-1.
         mechanism: structural equations ``"linear"`` or ``"network"`` (one hidden layer of 3 ReLU units).
-        decoder: gene equations ``"linear"`` or ``"network"`` (likewise).
+        decoder: gene equations ``"linear"``, ``"network"`` (likewise), or ``"deep"``: one network for all genes, of
+            random orthogonal matrices with leaky ReLUs (slope 0.2) between them.
+        layers: hidden layers of a deep decoder.
+        width: units of each.
         attachment: probability that a gene reads a latent; a gene that would read none reads one at random.
         observation: ``"gaussian"`` or ``"negative-binomial"``.
         noise: standard deviation of Gaussian observation noise.
+        noise_share: if positive, that of each gene instead as a share of the gene's own standard deviation.
         depth: median library size of negative binomial observations.
         dispersion: inverse dispersion theta of negative binomial observations.
         interventions: kinds, taken in turn by the environments: ``"shift"`` (mean of z_j), ``"scale"`` (sd of z_j
             times 3 or 1/3), ``"mechanism"`` (the sign of f_j flips), ``"hard"`` (parents cut, c_j around a mean of its
             own).
         targets: latents that an environment acts on.
+        most_targets: if positive, their number is drawn anew for each environment, from `targets` to this.
+        target_share: if positive, each latent is a target with this probability instead, one of them at least.
         cover: targets go through all latents in turn; otherwise they are drawn at random.
         strength: standard deviation of shifts, N(0, strength^2); or their absolute value if `constant`.
         constant: shifts are +strength or -strength.
+        spread: standard deviation of the size of constant shifts.
         descriptors: length of a descriptor of each environment that carries its effect as a fingerprint would: the
             effect vector times a random matrix, plus noise of `descriptor_noise` times its scale; 0 for none.
         descriptor_noise: see `descriptors`.
@@ -81,26 +89,59 @@ class Screen:
     graph: str | Sequence[Sequence[int]] = "growing"
     mechanism: str = "linear"
     decoder: str = "network"
+    layers: int = 4
+    width: int = 50
     attachment: float = 0.5
     observation: str = "gaussian"
     noise: float = 0.1
+    noise_share: float = 0.0
     depth: float = 2000.0
     dispersion: float = 10.0
     interventions: Sequence[str] = ("shift",)
     targets: int = 1
+    most_targets: int = 0
+    target_share: float = 0.0
     cover: bool = True
     strength: float = 5.0
     constant: bool = False
+    spread: float = 0.0
     descriptors: int = 0
     descriptor_noise: float = 0.1
     seed: int = 0
 
 
-def simulate(screen: Screen | None = None, **settings: Any) -> "AnnData":
+_CHAIN = tuple((i, i + 1) for i in range(4))
+SCREENS = {
+    "five-latents": Screen(environments=31),
+    "sams-vae": Screen(
+        latent=15, genes=100, environments=101, graph="empty", decoder="deep", noise_share=0.2, target_share=2 / 15,
+        cover=False, strength=5.0, constant=True, spread=0.5,
+    ),
+    "svae": Screen(
+        latent=15, genes=100, environments=101, graph="empty", decoder="deep", width=40,
+        observation="negative-binomial", depth=1e6, dispersion=2900.0, most_targets=3, cover=False, strength=5.0,
+        constant=True, spread=0.5,
+    ),
+    "linear-disentanglement": Screen(
+        latent=5, genes=10, environments=6, graph="multi-growing", decoder="linear", attachment=1.0,
+        interventions=("hard",), cells=2500,
+    ),
+    "discrepancy-chain": Screen(
+        latent=5, genes=30, environments=6, graph=_CHAIN, decoder="deep", layers=1, width=30, strength=3.0,
+        constant=True,
+    ),
+}  # fmt: skip
+"""Screens of the literature, by name, as far as their descriptions go: the seed's section 6.4 with 30 environments;
+Bereket and Karaletsos, "SAMS-VAE", NeurIPS 2023; Lopez et al., "sVAE+", CLeaR 2023 (Poisson counts: here the largest
+dispersion parameter); Squires et al., "Linear causal disentanglement", ICML 2023;
+the chain of Zhang et al., NeurIPS 2023."""
+
+
+def simulate(screen: Screen | str | None = None, **settings: Any) -> "AnnData":
     """Cells of a synthetic screen, its truth beside them.
 
     Args:
-        screen: settings, the default ones if left out.
+        screen: settings, or a name in `SCREENS`; the default ones if left out.
         **settings: fields of `Screen` that differ from those.
 
     Returns:
@@ -113,6 +154,10 @@ def simulate(screen: Screen | None = None, **settings: Any) -> "AnnData":
     """
     from anndata import AnnData
 
+    if isinstance(screen, str):
+        if screen not in SCREENS:
+            raise DataError(f"unknown screen {screen!r}: use one of {', '.join(SCREENS)}, or a Screen")
+        screen = SCREENS[screen]
     screen = replace(screen or Screen(), **settings)
     _check(screen)
     rng = np.random.default_rng(screen.seed)
@@ -229,14 +274,25 @@ def _interventions(screen: Screen, rng: np.random.Generator) -> dict[str, Any]:
     scale, gain = np.ones(shape, np.float32), np.ones(shape, np.float32)
     turn = rng.permutation(screen.latent)
     for e in range(1, screen.environments):
-        if screen.cover:
+        if screen.target_share > 0:
+            drawn = rng.random(screen.latent) < screen.target_share
+            drawn[rng.integers(screen.latent)] |= not drawn.any()
+            chosen = np.flatnonzero(drawn)
+        elif screen.most_targets > 0:
+            number = int(rng.integers(screen.targets, screen.most_targets + 1))
+            chosen = rng.choice(screen.latent, number, replace=False)
+        elif screen.cover:
             chosen = turn[((e - 1) * screen.targets + np.arange(screen.targets)) % screen.latent]
         else:
             chosen = rng.choice(screen.latent, screen.targets, replace=False)
         kind = screen.interventions[(e - 1) % len(screen.interventions)]
         targets[e, chosen] = True
         if kind in ("shift", "hard"):
-            size = screen.strength if screen.constant else np.abs(rng.normal(0, screen.strength, len(chosen)))
+            size: Any = screen.strength
+            if not screen.constant:
+                size = np.abs(rng.normal(0, screen.strength, len(chosen)))
+            elif screen.spread > 0:
+                size = np.abs(rng.normal(screen.strength, screen.spread, len(chosen)))
             shift[e, chosen] = rng.choice([-1.0, 1.0], len(chosen)) * size
         if kind == "scale":
             scale[e, chosen] = rng.choice([3.0, 1 / 3], len(chosen))
@@ -297,6 +353,8 @@ def _likelihood(screen: Screen, rng: np.random.Generator) -> Likelihood:
         with torch.no_grad():
             net.weight.copy_(_signs(rng, mask.shape) * mask)
             net.bias.zero_()
+    elif screen.decoder == "deep":
+        net = _deep(screen, rng)
     else:
         net = _randomise(MaskedMLP(mask, hidden=3), rng)
     counts = screen.observation != "gaussian"
@@ -314,7 +372,7 @@ def _likelihood(screen: Screen, rng: np.random.Generator) -> Likelihood:
         statistics=statistics,
     )
     if counts:
-        likelihood = NegativeBinomialLikelihood(_Tempered(net), schema)
+        likelihood = NegativeBinomialLikelihood(net if screen.decoder == "deep" else _Tempered(net), schema)
         with torch.no_grad():
             likelihood.raw_dispersion.fill_(float(8 * np.arctanh(np.log(screen.dispersion) / 8)))
         return likelihood
@@ -322,6 +380,30 @@ def _likelihood(screen: Screen, rng: np.random.Generator) -> Likelihood:
     with torch.no_grad():
         gaussian.raw_scale.fill_(float(np.log(np.expm1(max(screen.noise, 1e-6)))))
     return gaussian
+
+
+def _deep(screen: Screen, rng: np.random.Generator) -> nn.Sequential:
+    sizes = [screen.latent, *[screen.width] * screen.layers, screen.genes]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        linear = nn.Linear(a, b, bias=False)
+        basis = np.linalg.qr(rng.normal(size=(max(a, b), min(a, b))))[0]
+        with torch.no_grad():
+            linear.weight.copy_(torch.as_tensor(basis if b >= a else basis.T, dtype=torch.float32))
+        layers += [linear, nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers[:-1])
+
+
+def _share_noise(model: LatentModel, screen: Screen) -> None:
+    """Observation noise in proportion to each gene's standard deviation over all environments."""
+    env = np.repeat(np.arange(screen.environments), min(screen.cells, 200))
+    with forked(), torch.no_grad():
+        torch.manual_seed(screen.seed)
+        batch = world(screen.environments, env)
+        prior, shift, gain = model.parts(batch)
+        likelihood: Any = model.likelihoods[0]
+        spread = likelihood.location(model.scm.solve(prior.sample() + shift, gain), batch).std(0)
+        likelihood.raw_scale.copy_(torch.log(torch.expm1((screen.noise_share * spread).clamp(min=1e-6))))
 
 
 class _Tempered(nn.Module):
@@ -344,6 +426,8 @@ def _model(screen: Screen, rng: np.random.Generator, tables: dict[str, Any]) -> 
             regime=TableRegime(gain) if bool((gain != 1).any()) else None,
             likelihood=_likelihood(screen, rng),
         )
+    if screen.noise_share > 0:
+        _share_noise(model, screen)
     truth: LatentModel = model.requires_grad_(False).eval()
     return truth
 
@@ -360,18 +444,26 @@ def _descriptors(screen: Screen, tables: dict[str, Any], names: Sequence[str]) -
 
 
 def _check(screen: Screen) -> None:
-    for name in ("latent", "genes", "environments", "cells"):
+    for name in ("latent", "genes", "environments", "cells", "layers", "width"):
         if getattr(screen, name) < 1:
             raise DataError(f"{name} = {getattr(screen, name)}: a screen needs at least 1")
     if not 1 <= screen.targets <= screen.latent:
         raise DataError(f"targets = {screen.targets}: choose between 1 and the number of latents ({screen.latent})")
-    if not 0 <= screen.attachment <= 1:
-        raise DataError(f"attachment = {screen.attachment}: give a probability")
+    if screen.most_targets and not screen.targets <= screen.most_targets <= screen.latent:
+        raise DataError(
+            f"most_targets = {screen.most_targets}: choose between targets ({screen.targets}) and the number of "
+            f"latents ({screen.latent})"
+        )
+    for name in ("attachment", "target_share"):
+        if not 0 <= getattr(screen, name) <= 1:
+            raise DataError(f"{name} = {getattr(screen, name)}: give a probability")
+    if screen.noise_share > 0 and screen.observation != "gaussian":
+        raise DataError("noise_share is of Gaussian observations: counts have the noise of their law")
     if not math.exp(-8) < screen.dispersion < math.exp(8):
         raise DataError(
             f"dispersion = {screen.dispersion}: choose between exp(-8) and exp(8), all that a model can have"
         )
-    for name in ("noise", "strength"):
+    for name in ("noise", "strength", "noise_share", "spread"):
         if not getattr(screen, name) >= 0:
             raise DataError(f"{name} = {getattr(screen, name)}: a standard deviation is at least 0")
     if not screen.depth > 0:
@@ -379,7 +471,7 @@ def _check(screen: Screen) -> None:
     choices = (
         ("graph", (screen.graph,) if isinstance(screen.graph, str) else (), GRAPHS),
         ("mechanism", (screen.mechanism,), ("linear", "network")),
-        ("decoder", (screen.decoder,), ("linear", "network")),
+        ("decoder", (screen.decoder,), ("linear", "network", "deep")),
         ("observation", (screen.observation,), ("gaussian", "negative-binomial")),
         ("interventions", screen.interventions, INTERVENTIONS),
     )

@@ -4,11 +4,13 @@ from pyro_scm.objectives.counterfactual import CounterfactualAdversary, adversar
 from pyro_scm.objectives.elbo import Adversary, Objective, Penalty, Terms, World
 from pyro_scm.objectives.importance import ImportanceWeighted
 from pyro_scm.objectives.irm import IRM
+from pyro_scm.objectives.sparsity import EffectSparsity
 
 __all__ = [
     "IRM",
     "Adversary",
     "CounterfactualAdversary",
+    "EffectSparsity",
     "ImportanceWeighted",
     "Objective",
     "Penalty",

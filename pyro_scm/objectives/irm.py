@@ -27,11 +27,15 @@ class IRM(Penalty):
     of each environment in a batch that is most of it. `unbiased` leaves the squares of single cells out, so the term
     may be negative in a batch.
 
+    One factor w for all genes asks little of each: slopes of opposite sign cancel. With `each` every gene has a factor
+    of its own, and the term is mean_e sum_g |dR_e / dw_g|^2: as many conditions an environment as there are genes.
+
     It is not a sum over cells: in a data-parallel training each process takes its own share of a batch for the batch.
 
     Args:
         weight: its factor.
         unbiased: leave out products of a cell with itself; environments with one cell in the batch then say nothing.
+        each: a factor of its own for each gene.
         warmup: share of the epochs over which the weight rises from 0; the trainer says by `at` where it is.
         site: observed site.
         slope: (law, x) -> ``(..., G)``, d(-log p(x)) / dw, for a likelihood that is not known here.
@@ -47,6 +51,7 @@ class IRM(Penalty):
         weight: float = 1.0,
         *,
         unbiased: bool = False,
+        each: bool = False,
         warmup: float = 0.0,
         site: str = X,
         slope: Slope | None = None,
@@ -54,7 +59,7 @@ class IRM(Penalty):
         super().__init__(weight)
         if not 0 <= warmup <= 1:
             raise ModelError(f"warmup = {warmup}: give a share of the epochs, between 0 and 1")
-        self.unbiased, self.warmup, self.site, self.slope = unbiased, warmup, site, slope
+        self.unbiased, self.each, self.warmup, self.site, self.slope = unbiased, each, warmup, site, slope
         self.ramp: Tensor
         # a buffer, because what a recorded step reads must be a tensor that it is given
         self.register_buffer("ramp", torch.tensor(1.0), persistent=False)
@@ -64,25 +69,27 @@ class IRM(Penalty):
         self.ramp.fill_(min(1.0, done / self.warmup) if self.warmup > 0 else 1.0)
 
     def slopes(self, world: World) -> Tensor:
-        """``(n,)`` derivative of each cell's risk with respect to w."""
+        """``(n,)`` derivative of each cell's risk with respect to w; with `each`, ``(n, G)`` to those of genes."""
         site = world.model[self.site]
         law = site["fn"]
         while hasattr(law, "base_dist"):
             law = law.base_dist
-        return (self.slope or _slope)(law, site["value"]).sum(-1)
+        slopes = (self.slope or _slope)(law, site["value"])
+        return slopes if self.each else slopes.sum(-1)
 
     def penalty(self, world: World) -> Tensor:
         """The unweighted term, times the number of cells of the data set as every term of the loss."""
-        slopes, batch = self.slopes(world), world.batch
-        zero = slopes.new_zeros(batch.r.shape[0])
-        cells = zero.index_add(0, batch.row, torch.ones_like(slopes))
+        batch = world.batch
+        slopes = self.slopes(world).reshape(len(batch), -1)
+        zero = slopes.new_zeros(batch.r.shape[0], slopes.shape[-1])
+        cells = slopes.new_zeros(batch.r.shape[0], 1).index_add(0, batch.row, torch.ones_like(slopes[:, :1]))
         total = zero.index_add(0, batch.row, slopes)
         if self.unbiased:
             own = zero.index_add(0, batch.row, slopes.square())
             squares, counted = (total.square() - own) / (cells * (cells - 1)).clamp(min=1), cells > 1
         else:
             squares, counted = (total / cells.clamp(min=1)).square(), cells > 0
-        mean = (squares * counted).sum() / counted.sum().clamp(min=1)
+        mean = (squares * counted).sum() / counted.sum().clamp(min=1)  # over environments, of sums over factors
         return batch.total * self.ramp * mean
 
 

@@ -468,3 +468,57 @@ def test_the_screen_is_kept_as_text() -> None:
     assert kept["graph"] == [[0, 1]]
     assert kept["interventions"] == ["hard"]
     assert Screen(**kept).seed == 2
+
+
+# ---------------------------------------------------------------------- screens of the literature
+def test_screens_have_the_numbers_of_their_descriptions() -> None:
+    adata = synthetic.simulate("sams-vae", cells=20)
+    shift, targets = adata.uns["truth"]["shift"], adata.uns["truth"]["targets"]
+    assert adata.shape == (101 * 20, 100)
+    assert shift.shape == (101, 15)
+    assert (targets[1:].sum(1) >= 1).all()
+    assert targets[1:].mean() == pytest.approx(2 / 15, abs=0.02)
+    sizes = np.abs(shift[targets])
+    assert sizes.mean() == pytest.approx(5, abs=0.15)
+    assert sizes.std() == pytest.approx(0.5, abs=0.12)
+    counted = synthetic.simulate("svae", cells=3)
+    assert sorted(set(counted.uns["truth"]["targets"][1:].sum(1))) == [1, 2, 3]
+    assert (counted.X == np.round(counted.X)).all()
+    hard = synthetic.simulate("linear-disentanglement", cells=10)
+    assert hard.uns["truth"]["targets"][1:].sum(0).tolist() == [1] * 5
+    chain = synthetic.simulate("discrepancy-chain", cells=10)
+    assert chain.uns["truth"]["graph"].sum() == 4
+    with pytest.raises(DataError, match="unknown screen 'other': use one of five-latents, sams-vae, svae"):
+        synthetic.simulate("other")
+
+
+def test_noise_is_a_share_of_each_genes_spread() -> None:
+    adata = synthetic.simulate("sams-vae", cells=100)
+    model = synthetic.truth(adata)
+    cells = synthetic.dataset(adata)
+    with torch.no_grad():
+        mean = model.likelihoods[0].location(torch.as_tensor(adata.obsm["c"]), cells.batch())
+    share = (adata.X - mean.numpy()).std(0) / mean.numpy().std(0)
+    assert np.allclose(share, 0.2, atol=0.03)
+
+
+def test_deep_decoders_are_orthogonal() -> None:
+    adata = synthetic.simulate(latent=4, genes=30, environments=2, cells=5, decoder="deep", layers=2, width=12)
+    weights = [w for n, w in synthetic.truth(adata).state_dict().items() if "net" in n and n.endswith("weight")]
+    assert [tuple(w.shape) for w in weights] == [(12, 4), (12, 12), (30, 12)]
+    for w in weights:
+        assert torch.allclose(w.mT @ w, torch.eye(w.shape[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": 3, "most_targets": 2}, "most_targets = 2: choose between targets"),
+        ({"target_share": 1.5}, "target_share = 1.5: give a probability"),
+        ({"noise_share": 0.1, "observation": "negative-binomial"}, "noise_share is of Gaussian observations"),
+        ({"decoder": "deep", "layers": 0}, "layers = 0: a screen needs at least 1"),
+    ],
+)
+def test_settings_of_deep_screens_are_checked(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        synthetic.simulate(**settings)
