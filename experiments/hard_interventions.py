@@ -1,9 +1,9 @@
 """When can the graph be known? Linear Gaussian screens under hard interventions and under noise interventions.
 
 Five latents, a random graph of five edges over them, one environment an intervention on each, 500 cells an environment.
-Fitted by exact maximum likelihood, in any order of the latents, with the targets known or not. Hard interventions cut the parents
-of their target: the graph is recovered, and held-out cells are worse off without it. Shifts of the noise leave it free:
-the graph is worth nothing, and the report says so.
+Fitted by exact maximum likelihood, in any order of the latents, with the targets known or not. Hard interventions cut
+the parents of their target: the graph is recovered, and held-out cells are worse off without it. Shifts of the noise
+leave it free: the graph is worth nothing, and the report says so.
 """
 
 import itertools

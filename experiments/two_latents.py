@@ -29,9 +29,7 @@ from guides import amortise
 from pyro_scm.batch import Batch
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.metrics import angle_to_axis, optimal_angle, row_cosine_distances
-from pyro_scm.objectives import EffectSparsity, Objective
 from pyro_scm.run import Run
-from pyro_scm.unmixing import unmix
 
 Array = NDArray[np.float64]
 
@@ -137,14 +135,11 @@ def train(name: str, cells: EnvironmentDataset, seeds: Sequence[int], epochs: in
     dense = way == "unmixed" and name in ENVIRONMENT_MODELS
     annealed = way == "annealed" and name in ENVIRONMENT_MODELS
     model, guide = programs(name, cells, dense)
-    run = optimise(model, guide, cells, seeds, epochs, temperature=(2.0, 0.1) if annealed else None)
-    if not dense:
-        return run
-    model, guide = programs(name, cells, dense)
-    objective = Objective(penalties={"effects": EffectSparsity(model, len(cells.environments))})
-    return optimise(
-        model, guide, cells, seeds, epochs, lr=3e-3, kl_warmup=0.0, start=unmix(run, cells), objective=objective
-    )
+    run = ps.fit(
+        model, guide, cells, seeds=seeds, epochs=epochs, batch_size=256, lr=1e-2, schedule="cosine", device="cpu",
+        temperature=(2.0, 0.1) if annealed else None, progress=False,
+    )  # fmt: skip
+    return ps.refine(ps.unmix(run, cells), cells, epochs=epochs, device="cpu", progress=False) if dense else run
 
 
 def programs(name: str, cells: EnvironmentDataset, dense: bool) -> tuple[Any, Any]:
@@ -158,22 +153,6 @@ def programs(name: str, cells: EnvironmentDataset, dense: bool) -> tuple[Any, An
         options["depth"] = 2
     model = getattr(ps.models, name)(cells.schema, **options)
     return model, amortise(model, cells, inputs=INPUTS.get(name, ("x", "e")), hidden=(HIDDEN,))
-
-
-def optimise(
-    model: Any,
-    guide: Any,
-    cells: EnvironmentDataset,
-    seeds: Sequence[int],
-    epochs: int,
-    lr: float = 1e-2,
-    **options: Any,
-) -> Run:
-    """All seeds together."""
-    return ps.fit(
-        model, guide, cells, seeds=seeds, epochs=epochs, batch_size=256, lr=lr, schedule="cosine", device="cpu",
-        progress=False, **options,
-    )  # fmt: skip
 
 
 def learnt_matrix(model: nn.Module) -> Array:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyro_scm.recipes import load
     from pyro_scm.run import Run
     from pyro_scm.tuning import tune
-    from pyro_scm.unmixing import unmix
+    from pyro_scm.unmixing import refine, unmix
 
 _PLACES = {
     "EffectSparsity": "objectives",
@@ -60,6 +60,7 @@ _PLACES = {
     "ordering": "",
     "noise": "query",
     "predict": "query",
+    "refine": "unmixing",
     "simulate": "data.synthetic",
     "sweep": "query",
     "to_arviz": "posterior",
@@ -95,6 +96,7 @@ __all__ = [
     "noise",
     "ordering",
     "predict",
+    "refine",
     "simulate",
     "sweep",
     "to_arviz",

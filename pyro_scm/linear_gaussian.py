@@ -9,6 +9,7 @@ disentanglement via interventions", ICML 2023, here with observation noise.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = ["KINDS", "LinearGaussian", "maximise"]
 
 KINDS = ("noise", "hard", "mechanism")
 _LOG_2PI = math.log(2 * math.pi)
+_RIDGE = 1e-9  # in units of a matrix's mean diagonal
 _FLOOR = 1e-6  # of psi, in units of each gene's variance
 # |gain - 1| of a changed mechanism: without a bound A could be as small as the lasso likes, and the gain as large
 _CHANGE_BOUND = 3.0
@@ -91,7 +93,7 @@ class LinearGaussian:
             rows = np.flatnonzero(env == e)
             mean, covariance = self._moments(int(e))
             deviation = values[rows] - mean.unsqueeze(1)  # (K, n, G)
-            factor = torch.linalg.cholesky(covariance)
+            factor = _cholesky(covariance)
             whitened = torch.linalg.solve_triangular(factor, deviation.mT, upper=False)
             log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             out[:, rows] = (
@@ -128,6 +130,13 @@ class LinearGaussian:
         mean = self.offset + (mixed @ self.loc[:, e].unsqueeze(-1)).squeeze(-1)
         scaled = mixed * self.log_scale[:, e].exp().unsqueeze(-2)
         return mean, scaled @ scaled.mT + torch.diag_embed(self.psi)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Of ``(..., n, n)``; with hardly any cells a scale runs to its bound, and rounding makes the matrix indefinite."""
+    ridge = _RIDGE * matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    factor: Tensor = torch.linalg.cholesky(matrix + torch.diag_embed(ridge.expand(matrix.shape[:-1])))
+    return factor
 
 
 def _system(a: Tensor, gain: Tensor) -> Tensor:
@@ -299,7 +308,7 @@ class _Fit:
         precision = scaled.mT @ scaled  # of c
         weighted = w / psi.unsqueeze(-1)
         posterior = precision + (w.mT @ weighted).unsqueeze(1)
-        factor = torch.linalg.cholesky(posterior)
+        factor = _cholesky(posterior)
         mean = torch.linalg.solve(system, loc.unsqueeze(-1))
         deviation = m.mean - self.offset().unsqueeze(1) - (w.unsqueeze(1) @ mean).squeeze(-1)  # (K, E, G)
         second = weighted.mT.unsqueeze(1) @ m.covariance @ weighted.unsqueeze(1)
@@ -342,13 +351,14 @@ class _Fit:
             return float(value.detach().sum()), torch.cat([q.double() for q in parts]).numpy()
 
         start = torch.cat([v.detach().reshape(-1) for v in self.p.values()]).numpy()
-        found = minimize(
-            loss, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxcor": 20, "ftol": 1e-10}
-        )
+        message = "the likelihood is not finite: give more cells, fewer latents than genes, or leave constant genes out"
+        options: dict[str, Any] = {"maxiter": steps, "maxcor": 20, "ftol": 1e-10}
+        try:
+            found: Any = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)  # type: ignore[call-overload]
+        except torch._C._LinAlgError as error:
+            raise TrainingError(message) from error
         if not np.isfinite(found.fun):
-            raise TrainingError(
-                "the likelihood is not finite: give fewer latents than genes, or leave constant genes out"
-            )
+            raise TrainingError(message)
         put(found.x)
 
     def keep_strongest(self, cut: float) -> None:

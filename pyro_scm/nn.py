@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FiLM", "Joint", "MaskedMLP", "mlp", "replicated", "reset_parameters"]
+__all__ = ["FiLM", "Joint", "MaskedMLP", "Shortcut", "mlp", "replicated", "reset_parameters"]
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
@@ -84,6 +84,28 @@ class Joint(nn.Module):
             total = total + (product if row is None else product.index_select(0, row))
         result: Tensor = self.rest(total)
         return result
+
+
+class Shortcut(nn.Module):
+    """v -> net(v) + A v + b: a network beside a linear map, which so need not be put together from its kinks.
+
+    As a decoder it starts nearly linear. Cells of distant environments do not overlap, so that a network can
+    reconstruct them with their places along a latent in any order; a line puts them in the order of their shifts.
+
+    Args:
+        net: ``(..., inputs) -> (..., outputs)``.
+        inputs: length of v.
+        outputs: length of the result.
+    """
+
+    def __init__(self, net: nn.Module, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.net, self.line = net, nn.Linear(inputs, outputs)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """v ``(..., inputs)`` -> ``(..., outputs)``."""
+        out: Tensor = self.net(v) + self.line(v)
+        return out
 
 
 class FiLM(nn.Module):

@@ -36,15 +36,13 @@ LAYERS = (
     " models.structured_environment_vae models.structured_translation_vae models.adversarial_prior_ae",
     "models",
     "objectives.elbo",
-    "objectives.importance objectives.irm objectives.counterfactual objectives.structure"
-    " objectives.sparsity",
+    "objectives.importance objectives.irm objectives.counterfactual objectives.structure objectives.sparsity",
     "objectives",
     "linear_gaussian",
     # training
     "ensemble checkpoints feeding parallel recording",
     "run",
     "training coordinates effects",
-    "unmixing",
     # what is asked of a trained model
     "metrics.arguments",
     "metrics.prediction metrics.rotation",
@@ -52,7 +50,7 @@ LAYERS = (
     "metrics.graph metrics.uncertainty metrics.probe",
     "metrics",
     "infer query baselines",
-    "posterior contracts report programmes identify",
+    "posterior contracts report programmes identify unmixing",
     # models with their guides: from here on `guides` is known
     "recipes",
     "evaluation",
@@ -61,7 +59,7 @@ LAYERS = (
     "cli.parsing cli.outputs",
     "cli.inputs cli.models cli.data cli.demo cli.simulate",
     "cli.runs",
-    "cli.fit cli.predict cli.counterfactual cli.embed cli.identify",
+    "cli.fit cli.predict cli.counterfactual cli.embed cli.identify cli.unmix",
     "cli.compare",
     "cli.evaluate cli.tune",
     "cli",

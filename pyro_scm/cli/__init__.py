@@ -23,6 +23,7 @@ from pyro_scm.cli.parsing import Formatter, Parser, ShowVersion, add_general
 from pyro_scm.cli.predict import add as add_predict
 from pyro_scm.cli.simulate import add as add_simulate
 from pyro_scm.cli.tune import add as add_tune
+from pyro_scm.cli.unmix import add as add_unmix
 from pyro_scm.errors import PyroScmError
 
 __all__ = ["build_parser", "main"]
@@ -53,6 +54,7 @@ VERBS = (
     add_predict,
     add_counterfactual,
     add_embed,
+    add_unmix,
     add_identify,
     add_compare,
     add_tune,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, cast
 
 import networkx as nx
+from torch import nn
 
 from pyro_scm import graphs
 from pyro_scm.batch import Schema
@@ -12,7 +13,7 @@ from pyro_scm.errors import ModelError
 from pyro_scm.likelihoods import Likelihood, likelihood_for
 from pyro_scm.masks import MaskedPrior, MaskedShift, OneOf, SpikeSlab
 from pyro_scm.model import LatentModel
-from pyro_scm.nn import mlp, reset_parameters
+from pyro_scm.nn import Shortcut, mlp, reset_parameters
 from pyro_scm.priors import Dense, EnvironmentPrior, SparseSoftmax, Sparsifier, TopK
 from pyro_scm.scm import LatentSCM, LinearSCM, MechanismSCM, OrderFreeSCM
 from pyro_scm.shifts import EnvironmentShift
@@ -37,11 +38,19 @@ def recorded(build: Callable[Concatenate[Schema, P], LatentModel]) -> Callable[C
 
 
 def decoder(
-    schema: Schema, latent: int, hidden: Sequence[int], likelihood: str | None, conditional: bool = False
+    schema: Schema,
+    latent: int,
+    hidden: Sequence[int],
+    likelihood: str | None,
+    conditional: bool = False,
+    shortcut: bool = False,
 ) -> Likelihood:
-    """A likelihood with a fully connected decoder; linear where `hidden` is empty."""
+    """A likelihood with a fully connected decoder; linear where `hidden` is empty; see `nn.Shortcut`."""
     inputs = latent + (len(schema.features) if conditional else 0)
-    return likelihood_for(schema, mlp(inputs, hidden, len(schema.genes)), conditional, likelihood)
+    net: nn.Module = mlp(inputs, hidden, len(schema.genes))
+    if shortcut and hidden:
+        net = Shortcut(net, inputs, len(schema.genes))
+    return likelihood_for(schema, net, conditional, likelihood)
 
 
 def sparsifier_for(kind: str, temperature: float, k: int) -> Sparsifier:

@@ -19,6 +19,7 @@ def environment_vae(
     k: int = 1,
     scale: bool = True,
     likelihood: str | None = None,
+    shortcut: bool = False,
 ) -> LatentModel:
     """z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c = z;  x | c ~ p(x | decoder(c));  guide q(z | x, r_e).
 
@@ -39,6 +40,7 @@ def environment_vae(
         k: latents that an environment may move: of top-k; of spike-slab the number expected a priori.
         scale: whether an environment also changes the scale of the noise.
         likelihood: see `likelihood_for`.
+        shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
     """
     prior = environment_prior(schema, latent, environment_hidden, sparsity, temperature, k, scale)
-    return LatentModel(prior, decoder(schema, latent, hidden, likelihood))
+    return LatentModel(prior, decoder(schema, latent, hidden, likelihood, shortcut=shortcut))

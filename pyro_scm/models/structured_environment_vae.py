@@ -31,6 +31,7 @@ def structured_environment_vae(
     k: int = 1,
     scale: bool = True,
     likelihood: str | None = None,
+    shortcut: bool = False,
 ) -> LatentModel:
     """z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c_j = f_j(PA_j) + z_j;  x | c ~ p(x | decoder(c));  q(z | x, r_e).
 
@@ -61,6 +62,7 @@ def structured_environment_vae(
         k: latents that an environment may move, of top-k.
         scale: whether an environment also changes the scale of the noise.
         likelihood: see `likelihood_for`.
+        shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
     """
     net = mlp(len(schema.features), environment_hidden, 2 * latent)
     scm = causal_layer(latent, mechanism, depth, graph, edges, cut)
@@ -69,4 +71,4 @@ def structured_environment_vae(
         prior = EnvironmentPrior(net, latent, sparsifier_for(sparsity, temperature, k), scale)
     else:
         prior = TargetedPrior(net, latent, acted, Dense(), scale, owner=regime is None)
-    return LatentModel(prior, decoder(schema, latent, hidden, likelihood), scm=scm, regime=regime)
+    return LatentModel(prior, decoder(schema, latent, hidden, likelihood, shortcut=shortcut), scm=scm, regime=regime)

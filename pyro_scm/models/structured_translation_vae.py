@@ -32,6 +32,7 @@ def structured_translation_vae(
     temperature: float = 1.0,
     k: int = 1,
     likelihood: str | None = None,
+    shortcut: bool = False,
 ) -> LatentModel:
     """z ~ N(0, I);  c_j = f_j(PA_j) + z_j + mu_bar_e,j;  x | c ~ p(x | decoder(c));  q(z | x, r_e).
 
@@ -57,6 +58,7 @@ def structured_translation_vae(
         temperature: T of the softmax; `fit(..., temperature=...)` may schedule it.
         k: latents that an environment may move, of top-k.
         likelihood: see `likelihood_for`.
+        shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
     """
     net = mlp(len(schema.features), environment_hidden, latent)
     scm = causal_layer(latent, mechanism, depth, graph, edges, cut)
@@ -66,5 +68,5 @@ def structured_translation_vae(
         shift = EnvironmentShift(net, sparsifier_for(sparsity, temperature, k))
     else:
         shift = TargetedShift(EnvironmentShift(net, Dense()), acted, owner=regime is None)
-    likelihoods = decoder(schema, latent, hidden, likelihood)
+    likelihoods = decoder(schema, latent, hidden, likelihood, shortcut=shortcut)
     return LatentModel(StandardPrior(latent), likelihoods, scm=scm, shift=shift, regime=regime)

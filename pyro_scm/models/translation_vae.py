@@ -19,6 +19,7 @@ def translation_vae(
     temperature: float = 1.0,
     k: int = 1,
     likelihood: str | None = None,
+    shortcut: bool = False,
 ) -> LatentModel:
     """z ~ N(0, I);  c = z + mu_bar_e;  x | c ~ p(x | decoder(c));  guide q(z | x, r_e).
 
@@ -37,6 +38,9 @@ def translation_vae(
         temperature: T of the softmax, which `fit(..., temperature=...)` may schedule, or of a mask's relaxation.
         k: latents that an environment may move: of top-k; of spike-slab the number expected a priori.
         likelihood: see `likelihood_for`.
+        shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
     """
     shift = environment_shift(schema, latent, environment_hidden, sparsity, temperature, k)
-    return LatentModel(StandardPrior(latent), decoder(schema, latent, hidden, likelihood), shift=shift)
+    return LatentModel(
+        StandardPrior(latent), decoder(schema, latent, hidden, likelihood, shortcut=shortcut), shift=shift
+    )

@@ -30,6 +30,12 @@ class IRM(Penalty):
     One factor w for all genes asks little of each: slopes of opposite sign cancel. With `each` every gene has a factor
     of its own, and the term is mean_e sum_g |dR_e / dw_g|^2: as many conditions an environment as there are genes.
 
+    What to expect (experiments/irm_verdict.py): it is made for predicting one thing from others, some of which mislead.
+    There, with one target, it took the loss in environments of reversed relations from 5.07 to 1.61 nats per cell, with
+    1.43 for the right regressors and 1.77 for none. With four targets, and in autoencoders with misleading genes, no
+    weight did better there than a model that predicts nothing. A decoder has no wrong inputs to drop: the penalty
+    silences it, and does so as well on screens without a misleading gene.
+
     It is not a sum over cells: in a data-parallel training each process takes its own share of a batch for the batch.
 
     Args:

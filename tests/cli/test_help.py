@@ -20,6 +20,7 @@ VERBS = (
     "predict",
     "counterfactual",
     "embed",
+    "unmix",
     "identify",
     "compare",
     "tune",

@@ -483,7 +483,7 @@ def test_screens_have_the_numbers_of_their_descriptions() -> None:
     assert sizes.std() == pytest.approx(0.5, abs=0.12)
     counted = synthetic.simulate("svae", cells=3)
     assert sorted(set(counted.uns["truth"]["targets"][1:].sum(1))) == [1, 2, 3]
-    assert (counted.X == np.round(counted.X)).all()
+    assert np.array_equal(np.round(counted.X), counted.X)
     hard = synthetic.simulate("linear-disentanglement", cells=10)
     assert hard.uns["truth"]["targets"][1:].sum(0).tolist() == [1] * 5
     chain = synthetic.simulate("discrepancy-chain", cells=10)

@@ -215,6 +215,18 @@ def test_it_trains_under_every_guide(conditioning: str, inputs: tuple[str, ...],
     assert all(not torch.equal(a, b) for a, b in zip(before, model.prior.attention.parameters(), strict=True))
 
 
+def test_a_schedule_sharpens_the_attention() -> None:
+    model, guide, objective, _ = game()
+    run = fit(
+        model, guide, cells(), objective=objective, seeds=(0, 1), epochs=3, batch_size=50, temperature=(1.0, 0.01),
+        progress=False,
+    )  # fmt: skip
+    assert run.parameters["model.prior.attention.gate.temperature"].tolist() == pytest.approx([0.01, 0.01])
+    model, guide, objective, _ = game()
+    soft = fit(model, guide, cells(), objective=objective, seeds=(0, 1), epochs=3, batch_size=50, progress=False)
+    assert attention(run).max(1).mean() > 0.9 > attention(soft).max(1).mean()
+
+
 def test_both_players_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     def play(often: int) -> Any:
         monkeypatch.setattr(recording, "_OFTEN", often)

@@ -10,7 +10,7 @@ from pyro_scm.distributions import NegativeBinomial, normal
 from pyro_scm.ensemble import Ensemble, System, stack_initial
 from pyro_scm.errors import ModelError
 from pyro_scm.infer import fit
-from pyro_scm.objectives import IRM, Objective
+from pyro_scm.objectives import IRM, Objective, World
 from pyro_scm.recipes import RECIPES
 from tests.screens import cells, make
 
@@ -57,6 +57,19 @@ def test_the_slopes_are_finite_differences(likelihood: str | None, kind: str) ->
     step = torch.tensor(1e-5, dtype=torch.float64)
     higher, lower = (-scaled(law, 1 + sign * step).log_prob(x) for sign in (1, -1))
     torch.testing.assert_close(IRM().slopes(found), (higher - lower) / (2 * step), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_a_factor_of_each_gene_is_the_sum_over_genes_of_penalties_of_one(unbiased: bool) -> None:
+    found = world("normal", "gaussian")
+    law, site = found.model["x"]["fn"].base_dist, dict(found.model["x"])
+    total = torch.zeros((), dtype=torch.float64)
+    for g in range(site["value"].shape[1]):
+        one = normal(law.loc[:, [g]], law.scale[..., [g]])
+        alone = World(found.batch, {}, {"x": {**site, "fn": one, "value": site["value"][:, [g]]}})
+        total = total + IRM(unbiased=unbiased)(alone)
+    torch.testing.assert_close(IRM(each=True, unbiased=unbiased)(found), total)
+    assert float(total.detach()) != pytest.approx(float(IRM(unbiased=unbiased)(found).detach()), rel=0.01)
 
 
 def test_the_penaltys_own_gradient_is_that_of_the_loop() -> None:
