@@ -355,7 +355,7 @@ class _Fit:
         options: dict[str, Any] = {"maxiter": steps, "maxcor": 20, "ftol": 1e-10}
         try:
             found: Any = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)  # type: ignore[call-overload]
-        except torch._C._LinAlgError as error:
+        except RuntimeError as error:  # torch names its LinAlgError in no public place
             raise TrainingError(message) from error
         if not np.isfinite(found.fun):
             raise TrainingError(message)
