@@ -17,7 +17,7 @@ def blocks() -> list[str]:
 
 
 def test_example_runs_and_answers() -> None:
-    example, _, grid = blocks()
+    example, sparse, _, grid = blocks()
     namespace: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), namespace)
     worlds, run, idata = namespace["worlds"], namespace["run"], namespace["idata"]
@@ -29,11 +29,13 @@ def test_example_runs_and_answers() -> None:
     summary = namespace["run"].summary()
     assert len(summary) == 20
     assert len(summary[["seed", "lr", "kl_weight"]].drop_duplicates()) == 20
+    exec(compile(sparse, "README.md", "exec"), namespace)
+    assert "effects" in namespace["run"].history  # it was trained on under the sparse prior
 
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
-    _, model, _ = blocks()
+    _, _, model, _ = blocks()
     path = tmp_path / "my_model.py"
     path.write_text(model)
     return path
