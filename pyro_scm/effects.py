@@ -46,9 +46,9 @@ def inclusion(run: Run) -> pd.DataFrame:
     """Posterior probability that an environment moves a latent, from the shifts of all environments together.
 
     The shifts of a latent are a mixture: N(0, s0^2) in environments that do not move it, where s0 is whatever keeps
-    their estimates from 0 (few cells, a decoder that is not quite right), and N(0, s1^2) in the others. The share of the
     their estimates from 0 (few cells, a decoder that is not quite right), and N(0, s1^2) in the others. The share
     of the others, s0 and s1 are fitted to each latent's shifts by expectation maximisation: no size has to be given.
+    Efron, "Large-scale simultaneous hypothesis testing: the choice of a null hypothesis", JASA 2004.
 
     Meant for latents in sparse coordinates (`pyro_scm.unmix`) and ten environments or more; a latent that more than
     half of the environments move has no null to compare with.

@@ -73,7 +73,7 @@ def test_a_recipe_says_what_its_program_is_and_which_options_it_has() -> None:
     assert found.summary.startswith("z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c = z;")
     assert found.options == {
         "latent": 20, "hidden": (128,), "environment_hidden": (128,), "sparsity": "softmax", "temperature": 1.0,
-        "k": 1, "scale": True, "likelihood": None,
+        "k": 1, "scale": True, "likelihood": None, "shortcut": False,
     }  # fmt: skip
 
 
