@@ -34,8 +34,8 @@ def environment_vae(
         latent: d.
         hidden: widths of the decoder's hidden layers; empty for a linear decoder.
         environment_hidden: widths of the environment network's hidden layers.
-        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"`` (for `unmix`); or a mask learnt with its uncertainty: ``"one-of"`` (one
-            latent an environment, a categorical target) or ``"spike-slab"`` (each latent by itself).
+        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"`` (for `unmix`); or a mask learnt with its uncertainty:
+            ``"one-of"`` (one latent an environment, a categorical target) or ``"spike-slab"`` (each latent by itself).
         temperature: T of the softmax, which `fit(..., temperature=...)` may schedule, or of a mask's relaxation.
         k: latents that an environment may move: of top-k; of spike-slab the number expected a priori.
         scale: whether an environment also changes the scale of the noise.
