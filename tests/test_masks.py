@@ -292,3 +292,17 @@ def test_a_mask_leaves_pyros_own_programs_alone() -> None:
         trace = poutine.trace(model).get_trace(cells()[:4].unobserved())
     assert trace.nodes["x"]["value"].shape == (5, 4, 8)
     assert trace.nodes[MASK_NOISE]["value"].shape == (5, 4, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["structured_environment_vae", "structured_translation_vae"])
+def test_structured_models_take_masks_too(name: str, kind: str) -> None:
+    data = cells()
+    model, guide = make(name, data.schema, latent=3, depth=2, sparsity=kind)
+    run = fit(model, guide, data, epochs=2, progress=False)
+    probability = mask(run)
+    assert (probability.xs("control", level="environment") == 0).all().all()
+    assert probability.to_numpy().max() > 0
+    trace = poutine.trace(run.model).get_trace(data.batch())
+    assert trace.nodes[MASK_NOISE]["value"].shape == (len(data), 3)
+    assert len(run.model.sites) == 3  # type: ignore[arg-type]

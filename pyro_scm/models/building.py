@@ -66,8 +66,7 @@ def sparsifier_for(kind: str, temperature: float, k: int) -> Sparsifier:
     if kind == "dense":
         return Dense()
     raise ModelError(
-        f"unknown sparsity {kind!r}: use 'softmax', 'top-k' or 'dense', or in the Environment and Translation VAE a "
-        "learnt mask, 'one-of' or 'spike-slab'"
+        f"unknown sparsity {kind!r}: use 'softmax', 'top-k' or 'dense', or a learnt mask, 'one-of' or 'spike-slab'"
     )
 
 

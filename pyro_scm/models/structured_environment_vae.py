@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import networkx as nx
+from torch import nn
 
 from pyro_scm.batch import Schema
 from pyro_scm.model import LatentModel
-from pyro_scm.models.building import causal_layer, decoder, recorded, sparsifier_for
+from pyro_scm.models.building import causal_layer, decoder, environment_prior, recorded
 from pyro_scm.nn import mlp
-from pyro_scm.priors import Dense, EnvironmentPrior
+from pyro_scm.priors import Dense
 from pyro_scm.regimes import TargetedPrior, regime_for
 
 
@@ -57,18 +58,19 @@ def structured_environment_vae(
             its own) or ``"mechanism"`` (f_j rescaled, and its law).
         targets: of each environment of the schema where they are known: see `regimes.target_labels`; None for all
             unknown. Unknown ones are learnt by a sparse gate on r_e, except for ``"noise"``, where the prior is sparse.
-        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``.
+        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"`` (for `unmix`); ``"one-of"`` or ``"spike-slab"``.
         temperature: T of the softmax; `fit(..., temperature=...)` may schedule it.
         k: latents that an environment may move, of top-k.
         scale: whether an environment also changes the scale of the noise.
         likelihood: see `likelihood_for`.
         shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
     """
-    net = mlp(len(schema.features), environment_hidden, 2 * latent)
     scm = causal_layer(latent, mechanism, depth, graph, edges, cut)
     acted, regime = regime_for(schema, scm.nodes, interventions, targets, environment_hidden, temperature)
+    prior: nn.Module
     if acted is None:
-        prior = EnvironmentPrior(net, latent, sparsifier_for(sparsity, temperature, k), scale)
+        prior = environment_prior(schema, latent, environment_hidden, sparsity, temperature, k, scale)
     else:
+        net = mlp(len(schema.features), environment_hidden, 2 * latent)
         prior = TargetedPrior(net, latent, acted, Dense(), scale, owner=regime is None)
     return LatentModel(prior, decoder(schema, latent, hidden, likelihood, shortcut=shortcut), scm=scm, regime=regime)

@@ -7,7 +7,7 @@ from torch import nn
 
 from pyro_scm.batch import Schema
 from pyro_scm.model import LatentModel
-from pyro_scm.models.building import causal_layer, decoder, recorded, sparsifier_for
+from pyro_scm.models.building import causal_layer, decoder, environment_shift, recorded
 from pyro_scm.nn import mlp
 from pyro_scm.priors import Dense, StandardPrior
 from pyro_scm.regimes import TargetedShift, regime_for
@@ -54,19 +54,19 @@ def structured_translation_vae(
             its own) or ``"mechanism"`` (f_j rescaled, and its law).
         targets: of each environment of the schema where they are known: see `regimes.target_labels`; None for all
             unknown. Unknown ones are learnt by a sparse gate on r_e, except for ``"noise"``, where the prior is sparse.
-        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"``.
+        sparsity: ``"softmax"``, ``"top-k"`` or ``"dense"`` (for `unmix`); ``"one-of"`` or ``"spike-slab"``.
         temperature: T of the softmax; `fit(..., temperature=...)` may schedule it.
         k: latents that an environment may move, of top-k.
         likelihood: see `likelihood_for`.
         shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
     """
-    net = mlp(len(schema.features), environment_hidden, latent)
     scm = causal_layer(latent, mechanism, depth, graph, edges, cut)
     acted, regime = regime_for(schema, scm.nodes, interventions, targets, environment_hidden, temperature)
     shift: nn.Module
     if acted is None:
-        shift = EnvironmentShift(net, sparsifier_for(sparsity, temperature, k))
+        shift = environment_shift(schema, latent, environment_hidden, sparsity, temperature, k)
     else:
+        net = mlp(len(schema.features), environment_hidden, latent)
         shift = TargetedShift(EnvironmentShift(net, Dense()), acted, owner=regime is None)
     likelihoods = decoder(schema, latent, hidden, likelihood, shortcut=shortcut)
     return LatentModel(StandardPrior(latent), likelihoods, scm=scm, shift=shift, regime=regime)
