@@ -11,6 +11,7 @@ What is measured: the reconstruction loss along (T, 0) and (0, T), T in [-20, 20
 M R_theta and row i of the learnt matrix; the optimal angle's distance to the nearest multiple of 90 degrees.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ from pyro_scm.run import Run
 
 Array = NDArray[np.float64]
 
-GENES, HIDDEN, NOISE = 10, 5, 0.1
+GENES, HIDDEN, NOISE, BATCH = 10, 5, 0.1, 256
 OFFSETS = np.linspace(-20, 20, 41)
 INPUTS = {"vae": ("x",), "conditional_vae": ("x", "e")}
 ENVIRONMENT_MODELS = (
@@ -58,7 +59,7 @@ class TwoLatents:
         screens: matrices M, each with cells of its own.
         seeds: of each model on each screen.
         cells: in each environment.
-        epochs: of training.
+        steps: of training; half as many again where a fit is refined.
         environments: numbers of environments, the reference among them.
         strength: of the shifts.
     """
@@ -66,7 +67,7 @@ class TwoLatents:
     screens: int = 4
     seeds: int = 5
     cells: int = 1000
-    epochs: int = 40
+    steps: int = 600
     environments: tuple[int, ...] = (1, 2, 3, 5, 9)
     strength: float = 3.0
 
@@ -74,8 +75,10 @@ class TwoLatents:
     def preset(cls, name: str) -> "TwoLatents":
         """Sizes of a preset."""
         if name == "smoke":
-            return cls(screens=1, seeds=2, cells=60, epochs=3, environments=(1, 3))
-        return cls(screens=10, seeds=4, epochs=60) if name == "paper" else cls(screens=2, seeds=4, environments=(1, 3))
+            return cls(screens=1, seeds=2, cells=60, steps=6, environments=(1, 3))
+        if name == "paper":
+            return cls(screens=10, seeds=4, cells=5000, steps=2500)
+        return cls(screens=2, seeds=4, environments=(1, 5))
 
 
 # ---------------------------------------------------------------------- data
@@ -127,7 +130,7 @@ def screen(number: int, environments: Sequence[Sequence[float]], cells: int, ind
 
 
 # ---------------------------------------------------------------------- models
-def train(name: str, cells: EnvironmentDataset, seeds: Sequence[int], epochs: int, way: str = "as published") -> Run:
+def train(name: str, cells: EnvironmentDataset, seeds: Sequence[int], steps: int, way: str = "as published") -> Run:
     """One model with a linear decoder and an encoder of 5 hidden units, all seeds together.
 
     Ways: ``"as published"``, ``"annealed"``, ``"unmixed"``; the latter where there are as many shifts as latents.
@@ -135,11 +138,12 @@ def train(name: str, cells: EnvironmentDataset, seeds: Sequence[int], epochs: in
     dense = way == "unmixed" and name in ENVIRONMENT_MODELS
     annealed = way == "annealed" and name in ENVIRONMENT_MODELS
     model, guide = programs(name, cells, dense)
+    epochs = max(2, round(steps / math.ceil(len(cells) / BATCH)))
     run = ps.fit(
-        model, guide, cells, seeds=seeds, epochs=epochs, batch_size=256, lr=1e-2, schedule="cosine", device="cpu",
+        model, guide, cells, seeds=seeds, epochs=epochs, batch_size=BATCH, lr=1e-2, schedule="cosine", device="cpu",
         temperature=(2.0, 0.1) if annealed else None, progress=False,
     )  # fmt: skip
-    return ps.refine(ps.unmix(run, cells), cells, epochs=epochs, device="cpu", progress=False) if dense else run
+    return ps.refine(ps.unmix(run, cells), cells, device="cpu", progress=False) if dense else run
 
 
 def programs(name: str, cells: EnvironmentDataset, dense: bool) -> tuple[Any, Any]:
@@ -224,7 +228,7 @@ def seed_figures(config: TwoLatents) -> tuple[pd.DataFrame, pd.DataFrame, dict[s
         for name in models:
             for number in range(config.screens):
                 cells = screen(number, environments, config.cells, independent)
-                run = train(name, cells, range(config.seeds), config.epochs)
+                run = train(name, cells, range(config.seeds), config.steps)
                 label = {"setting": setting, "model": name, "screen": number}
                 losses += losses_along(run, number, independent, label)
                 angles += [{**label, "seed": s, **angle_of(run.member(k)[0], number)} for k, s in enumerate(run.seeds)]
@@ -242,7 +246,7 @@ def many_environments(config: TwoLatents) -> pd.DataFrame:
             cells = screen(number, shifts(count, config.strength), config.cells, independent=True)
             for name in ("vae", *ENVIRONMENT_MODELS):
                 for way in ways(name, count):
-                    run = train(name, cells, range(config.seeds), config.epochs, way)
+                    run = train(name, cells, range(config.seeds), config.steps, way)
                     label = {"environments": count, "model": name, "way": way, "screen": number}
                     rows += [
                         {**label, "seed": seed, "loss": run.losses[k], **angle_of(run.member(k)[0], number)}

@@ -34,7 +34,7 @@ def test_ways_of_training() -> None:
 @pytest.mark.parametrize("name", two_latents.ENVIRONMENT_MODELS)
 def test_unmixed_fits_lie_on_the_axes(name: str) -> None:
     cells = two_latents.screen(0, two_latents.shifts(5, 3.0), 200, independent=True)
-    run = two_latents.train(name, cells, (0, 1), 40, "unmixed")
+    run = two_latents.train(name, cells, (0, 1), 160, "unmixed")
     for k in range(2):
         found = two_latents.angle_of(run.member(k)[0], 0)
         assert found["to_axis"] < 5
