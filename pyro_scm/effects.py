@@ -1,5 +1,6 @@
 """What a fitted run says its environments do to the latents: shifts, attention, probabilities of learnt masks."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from pyro_scm.shifts import mover
 
 __all__ = ["attention", "inclusion", "mask", "shifts"]
 
+
+FloatArray = NDArray[np.float64]
 
 _APART = 3.0  # times the null's spread: a group that is not wider is not one of moved latents
 _EM_STEPS = 200
@@ -46,8 +49,9 @@ def inclusion(run: Run) -> pd.DataFrame:
     """Posterior probability that an environment moves a latent, from the shifts of all environments together.
 
     The shifts of a latent are a mixture: N(0, s0^2) in environments that do not move it, where s0 is whatever keeps
-    their estimates from 0 (few cells, a decoder that is not quite right), and N(0, s1^2) in the others. The share
-    of the others, s0 and s1 are fitted to each latent's shifts by expectation maximisation: no size has to be given.
+    their estimates from 0 (few cells, a decoder that is not quite right), and N(+-m, s1^2) with equal signs in the
+    others, with m = 0 unless the shifts say otherwise (BIC). Their share, m, s0 and s1 are fitted to each latent's
+    shifts by expectation maximisation: nothing has to be said of sizes.
     Efron, "Large-scale simultaneous hypothesis testing: the choice of a null hypothesis", JASA 2004.
 
     Meant for latents in sparse coordinates (`pyro_scm.unmix`) and ten environments or more; a latent that more than
@@ -72,31 +76,77 @@ def inclusion(run: Run) -> pd.DataFrame:
     out = np.zeros_like(values)
     perturbed = ~environments["is_reference"].to_numpy(dtype=bool)
     for k in range(len(values)):
-        for j in range(values.shape[2]):
-            share, null, moved = _two_groups(values[k, asked, j])
-            out[k, perturbed, j] = _responsibility(values[k, perturbed, j], share, null, moved)
+        shown = values[k, asked].T
+        around = [[_TwoGroups.of(m, spread_out) for m in shown] for spread_out in (True, False)]
+        # a size of its own has to be worth its parameters (BIC), judged by all latents together
+        worth = [sum(g.log_likelihood(m) for g, m in zip(groups, shown, strict=True)) for groups in around]
+        chosen = around[int(worth[1] - worth[0] > 0.5 * len(shown) * np.log(len(shown[0])))]
+        out[k, perturbed] = np.stack([g.probability(values[k, perturbed, j]) for j, g in enumerate(chosen)], 1)
     return pd.DataFrame(out.reshape(table.shape), index=table.index, columns=table.columns)
 
 
-def _responsibility(m: NDArray[np.float64], share: float, null: float, moved: float) -> NDArray[np.float64]:
-    """P(moved | m) where share of m ~ N(0, moved^2) and the rest ~ N(0, null^2)."""
-    odds = np.log(share / (1 - share)) + np.log(null / moved) + 0.5 * m**2 * (null**-2 - moved**-2)
-    result: NDArray[np.float64] = 1 / (1 + np.exp(-np.clip(odds, -700, 700)))
-    return result
+@dataclass(frozen=True)
+class _TwoGroups:
+    """share of N(+-centre, spread^2), the rest N(0, null^2)."""
 
+    share: float
+    null: float
+    centre: float
+    spread: float
 
-def _two_groups(m: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Share, and standard deviations of both groups."""
-    size = np.abs(m)
-    null = max(float(np.median(size)) / 0.6745, 1e-3 * float(size.max()), 1e-12)
-    moved = max(float(np.sqrt(np.mean(np.sort(size)[-max(len(m) // 5, 1) :] ** 2))), _APART * null)
-    share = 0.2
-    for _ in range(_EM_STEPS):
-        on = _responsibility(m, share, null, moved)
-        share = float(np.clip(on.mean(), 1 / (len(m) + 2), 1 - 1 / (len(m) + 2)))
-        null = max(float(np.sqrt(((1 - on) * m**2).sum() / max((1 - on).sum(), 1.0))), 1e-3 * float(size.max()), 1e-12)
-        moved = max(float(np.sqrt((on * m**2).sum() / max(on.sum(), 1e-12))), _APART * null)
-    return share, null, moved
+    def _densities(self, m: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Log densities, weighted, of the null and of both signs of the moved."""
+
+        def normal(centre: float, spread: float) -> FloatArray:
+            result: FloatArray = -0.5 * ((m - centre) / spread) ** 2 - np.log(spread)
+            return result
+
+        moved = np.log(self.share / 2)
+        return (
+            np.log1p(-self.share) + normal(0, self.null),
+            moved + normal(self.centre, self.spread),
+            moved + normal(-self.centre, self.spread),
+        )
+
+    def probability(self, m: FloatArray) -> FloatArray:
+        """P(moved | m)."""
+        null, plus, minus = self._densities(m)
+        odds = np.logaddexp(plus, minus) - null
+        return 1 / (1 + np.exp(-np.clip(odds, -700, 700)))
+
+    def log_likelihood(self, m: FloatArray) -> float:
+        """Of all shifts, up to a constant."""
+        null, plus, minus = self._densities(m)
+        return float(np.logaddexp(null, np.logaddexp(plus, minus)).sum())
+
+    @staticmethod
+    def of(m: FloatArray, spread_out: bool) -> "_TwoGroups":
+        """By expectation maximisation.
+
+        Args:
+            m: ``[E]``.
+            spread_out: whether the moved are around 0 too, only wider.
+        """
+        size = np.sort(np.abs(m))
+        least = max(1e-3 * float(size[-1]), 1e-12)
+        large = size[-max(len(m) // 5, 1) :]
+        null = max(float(np.median(size)) / 0.6745, least)
+        centre = 0.0 if spread_out else float(large.mean())
+        fit = _TwoGroups(0.2, null, centre, max(float(np.sqrt(np.mean((large - centre) ** 2))), null, least))
+        for _ in range(_EM_STEPS):
+            null_, plus, minus = fit._densities(m)
+            total = np.logaddexp(null_, np.logaddexp(plus, minus))
+            off, up, down = (np.exp(v - total) for v in (null_, plus, minus))
+            on = max(float((up + down).sum()), 1e-12)
+            centre = 0.0 if spread_out else abs(float(((up - down) * m).sum())) / on
+            variance = float((up * (m - centre) ** 2 + down * (m + centre) ** 2).sum()) / on
+            null = max(float(np.sqrt((off * m**2).sum() / max(off.sum(), 1.0))), least)
+            spread = max(float(np.sqrt(variance)), null)  # what blurs the null blurs the others too
+            if centre**2 + spread**2 < (_APART * null) ** 2:  # one group in truth: keep the other apart from it
+                spread = max(spread, float(np.sqrt((_APART * null) ** 2 - centre**2)))
+            share = float(np.clip(on / len(m), 1 / (len(m) + 2), 1 - 1 / (len(m) + 2)))
+            fit = _TwoGroups(share, null, centre, spread)
+        return fit
 
 
 def attention(run: Run) -> pd.DataFrame:

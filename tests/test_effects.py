@@ -63,6 +63,15 @@ def test_probabilities_are_calibrated(cells: EnvironmentDataset, monkeypatch: py
     assert on[found > 0.95].mean() > 0.9
 
 
+def test_sizes_around_one_value_are_told_from_leaks(cells: EnvironmentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    on = rng.random((100, 15)) < 0.14
+    values = on * rng.choice([-1, 1], on.shape) * rng.normal(5, 0.5, on.shape) + rng.normal(0, 0.7, on.shape)
+    found = planted(monkeypatch, run_of(cells), values).to_numpy() > 0.5
+    precision, recall = on[found].mean(), found[on].mean()
+    assert min(precision, recall) > 0.98
+
+
 def test_large_effects_are_certain_and_references_out(
     cells: EnvironmentDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
