@@ -49,6 +49,12 @@ def test_the_whole_experiment_at_its_smallest(tmp_path: Path) -> None:
     assert set(many["model"]) == {"vae", *two_latents.ENVIRONMENT_MODELS}
     assert many["to_axis"].between(0, 45).all()
     assert len(many) == 2 * (1 + 4 + 1 + 4 * 3)  # seeds x (5 models with the reference alone; then three ways)
+    chosen = pd.read_csv(folder / "restarts_by_loss.csv")
+    assert (chosen["runs"] == 1).all()
+    first = chosen.iloc[0]
+    part = many[(many["environments"] == first["environments"]) & (many["model"] == first["model"])]
+    part = part[part["way"] == first["way"]]
+    assert first["median"] == pytest.approx(part.loc[part["loss"].idxmin(), "to_axis"])
     losses = pd.read_csv(folder / "losses.csv")
     assert np.isfinite(losses["loss"]).all()
     assert {p.name for p in folder.glob("*.png")} >= {"losses.png", "angles.png"}
