@@ -278,9 +278,9 @@ def main(config: TwoLatents) -> Results:
     agreement = angles.groupby(["setting", "model"])[["to_axis", "distance"]].agg(["median", "min", "max"])
     agreement.columns = [" ".join(c) for c in agreement.columns]
     sparse = many[many["model"].isin(ENVIRONMENT_MODELS) & (many["environments"] >= 3)]
-    shares = {way: part["to_axis"] <= 2 for way, part in sparse.groupby("way", sort=False)}
+    near = {way: part["to_axis"] <= 2 for way, part in sparse.groupby("way", sort=False)}
     text = "Optimal angle within 2 degrees of a multiple of 90, an environment a latent or more: " + "; ".join(
-        f"{way} {within.mean():.0%} of {len(within)} fits" for way, within in shares.items()
+        f"{way} {within.mean():.0%} of {len(within)} fits" for way, within in near.items()
     )
     tables = {
         "summary": summary,
