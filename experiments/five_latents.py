@@ -168,7 +168,9 @@ class FiveLatents:
                 environments=(5,), recovery_environments=(5,), steps=8, recovery_steps=8,
             )  # fmt: skip
         if name == "paper":
-            return cls(recovery_screens=10, restarts=8, environments=(5, 10, 20, 40), steps=200, recovery_steps=2000)
+            return cls(
+                seeds=10, recovery_screens=10, restarts=8, environments=(5, 10, 20, 40), steps=200, recovery_steps=2000
+            )
         return cls()
 
 
