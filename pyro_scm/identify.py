@@ -9,6 +9,7 @@ fitted again with and without edges, to the same cells, and both are scored on c
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -244,11 +245,16 @@ class Report:
         low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
+    @cached_property
+    def _bounds(self) -> tuple[float, float]:
+        """Of the usual interval: verdict and print ask for it several times."""
+        return self.interval()
+
     @property
     def identified(self) -> bool:
         """Theory grants the graph, and the data are worse off without it."""
         granted = next(c.holds for c in self.claims if c.quantity == "graph")
-        return granted and self.interval()[0] > self.smallest
+        return granted and self._bounds[0] > self.smallest
 
     @property
     def verdict(self) -> str:
@@ -256,7 +262,7 @@ class Report:
         if self.identified:
             return "graph identified: theory grants it and held-out cells are worse off without it"
         granted = next(c for c in self.claims if c.quantity == "graph")
-        low = self.interval()[0]
+        low = self._bounds[0]
         if not granted.holds:
             more = f"; yet held-out cells gain by it (at least {low:.3g} nats per cell)" if low > self.smallest else ""
             return f"graph not identified: {granted.extent}{more}"
@@ -267,7 +273,7 @@ class Report:
         return pd.DataFrame([asdict(c) for c in self.claims]).set_index("quantity")
 
     def __str__(self) -> str:
-        low, high = self.interval()
+        low, high = self._bounds
         seeds = "best restart" if self.estimator == "exact" else f"{len(self.gains)} seeds"
         edges = ", ".join(f"{a} -> {b}" for a, b in sorted(self.graph.edges, key=str)) or "none"
         lines = [str(self.design), ""]

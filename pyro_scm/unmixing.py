@@ -9,7 +9,7 @@ network and encoder. Then `fit(start=...)` with `EffectSparsity` refines everyth
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from pyro_scm.sites import Z
 if TYPE_CHECKING:
     from pyro_scm.data.dataset import EnvironmentDataset
 
-__all__ = ["CONTRASTS", "Directions", "directions", "refine", "sparse_directions", "unmix"]
+__all__ = ["CONTRASTS", "Directions", "directions", "fold", "refine", "sparse_directions", "unmix"]
 
 FloatArray = NDArray[np.float64]
 
@@ -238,7 +238,7 @@ def unmix(
             another kind.
         DataError: too few environments, see `sparse_directions`.
     """
-    return _folded(run, cells, directions(run, cells, contrast=contrast, oblique=oblique, starts=starts, seed=seed))
+    return fold(run, cells, directions(run, cells, contrast=contrast, oblique=oblique, starts=starts, seed=seed))
 
 
 def refine(
@@ -305,7 +305,17 @@ def _effects(run: Run) -> FloatArray:
     return table.to_numpy(np.float64).reshape(len(run), -1, table.shape[1])
 
 
-def _folded(run: Run, cells: "EnvironmentDataset", found: list[Directions]) -> Run:
+def fold(run: Run, cells: "EnvironmentDataset", found: Sequence[Directions]) -> Run:
+    """The run in the basis that was found for each member; `unmix` is this after `directions`.
+
+    Args:
+        run: see `unmix`.
+        cells: training cells, on which the guide's spread is fitted.
+        found: one a member.
+
+    Raises:
+        ModelError: see `unmix`.
+    """
     model, guide = run.model, run.guide
     _check(model, guide)
     assert isinstance(model, LatentModel)

@@ -61,7 +61,7 @@ def run(args: Namespace) -> None:
 
     from pyro_scm.effects import shifts
     from pyro_scm.errors import DataError
-    from pyro_scm.unmixing import directions, refine, unmix
+    from pyro_scm.unmixing import directions, fold, refine
 
     if out.resolve() == args.folder.resolve():
         raise DataError(f"--out {args.out}: this is the run itself: choose another folder")
@@ -71,14 +71,15 @@ def run(args: Namespace) -> None:
     known = [name in trained.index and bool(trained[name]) for name in cells.environments.index]
     cells = cells.subset(np.array(known)[cells.env])
     found = directions(fitted, cells, oblique=args.oblique)
-    result = unmix(fitted, cells, oblique=args.oblique)
+    result = fold(fitted, cells, found)
     if args.refine:
         result = refine(result, cells, epochs=args.refine, progress=False if args.quiet else None)
+    before, after = shifts(fitted), shifts(result)
     rows = [
         {
             "seed": fitted.seeds[k],
-            "moved before": _moved(shifts(fitted), k),
-            "moved after": _moved(shifts(result), k),
+            "moved before": _moved(before, k),
+            "moved after": _moved(after, k),
             "starts that agree": d.agreement,
             "loss": result.losses[k] if args.refine else np.nan,
         }
