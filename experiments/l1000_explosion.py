@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor, nn
 
-from experiments.launch import UNSEEN_ENVIRONMENT_MODELS, Results, data_folder, launch
+from experiments.l1000_unseen_drugs import wells
+from experiments.launch import UNSEEN_ENVIRONMENT_MODELS, Results, launch
 from guides import AmortisedGuide, amortise
 from guides.encoders import GaussianEncoder
 from pyro_scm import infer, recipes
 from pyro_scm.batch import Batch, Schema, Statistics
 from pyro_scm.chance import forked
-from pyro_scm.data import l1000
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.distributions import normal
 from pyro_scm.ensemble import System
@@ -232,15 +232,8 @@ def watch(
 # ---------------------------------------------------------------------- data
 def plates(config: "Explosion") -> tuple[EnvironmentDataset, EnvironmentDataset]:
     """Wells of LJP005, and those of the compounds of LJP009 that are not on it, by fingerprint; z-scores."""
-    folder = data_folder("l1000_a375")
-    files = [folder / "LJP005_A375_24H_X1_level3.gct", folder / "LJP009_A375_24H_X1_level3_qnorm.gct"]
-    adata = l1000.load_plates(files, obs=pd.read_csv(folder / "obs.csv.gz"))
-    adata = l1000.centre_on_vehicle(adata, scale=True)
+    adata = wells(scale=True)
     adata.X = np.clip(adata.X, -_BOUND, _BOUND)
-    adata = adata[adata.obs["control"].to_numpy(bool) | adata.obs["smiles"].notna().to_numpy()].copy()
-    control = adata.obs["control"].to_numpy(bool)
-    adata.obs["drug"] = np.where(control, "DMSO", adata.obs["perturbation"].astype(str))
-    adata.obs.loc[control, "smiles"] = None
     cells = EnvironmentDataset.from_anndata(
         adata,
         environment="drug",

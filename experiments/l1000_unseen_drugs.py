@@ -9,6 +9,7 @@ Needs PYRO_SCM_DATA with l1000_a375/.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,9 @@ from experiments.launch import UNSEEN_ENVIRONMENT_MODELS, Results, data_folder, 
 from pyro_scm import evaluation
 from pyro_scm.data import l1000, splits
 from pyro_scm.data.dataset import EnvironmentDataset
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,29 @@ class L1000:
         return L1000() if name == "paper" else L1000(epochs=20)
 
 
-def read(config: L1000) -> EnvironmentDataset:
-    """Wells of both plates, centred on their vehicle wells; the representation is fingerprint and log dose."""
+def wells(scale: bool = False) -> "AnnData":
+    """Wells of both plates, controls and compounds with a structure, centred on their vehicle wells.
+
+    Args:
+        scale: also in units of the vehicle wells' spread.
+    """
     folder = data_folder("l1000_a375")
     plates = [folder / "LJP005_A375_24H_X1_level3.gct", folder / "LJP009_A375_24H_X1_level3_qnorm.gct"]
-    adata = l1000.centre_on_vehicle(l1000.load_plates(plates, obs=pd.read_csv(folder / "obs.csv.gz")))
+    adata = l1000.centre_on_vehicle(l1000.load_plates(plates, obs=pd.read_csv(folder / "obs.csv.gz")), scale=scale)
+    adata = adata[adata.obs["control"].to_numpy(dtype=bool) | adata.obs["smiles"].notna().to_numpy()].copy()
     control = adata.obs["control"].to_numpy(dtype=bool)
-    adata = adata[control | adata.obs["smiles"].notna().to_numpy()].copy()
+    adata.obs["drug"] = np.where(control, "DMSO", adata.obs["perturbation"].astype(str))
+    adata.obs.loc[control, "smiles"] = None
+    return adata
+
+
+def read(config: L1000) -> EnvironmentDataset:
+    """The wells; the representation is fingerprint and log dose."""
+    adata = wells()
     control = adata.obs["control"].to_numpy(dtype=bool)
     dose = adata.obs["dose"].astype(float)
     level = np.where(control, 0.0, np.where(dose <= 0.5, 0.12, 3.3))
     adata.obs["dose_level"] = level
-    adata.obs["drug"] = np.where(control, "DMSO", adata.obs["perturbation"].astype(str))
-    adata.obs.loc[control, "smiles"] = None
     return EnvironmentDataset.from_anndata(
         adata,
         environment="drug",
