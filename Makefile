@@ -19,8 +19,9 @@ lint: install    ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: install   ; $(BIN)/mypy
 # every figure at its quick size, two scripts at a time; those of real data where PYRO_SCM_DATA names its folder
 SIMULATED := two_latents five_latents densities hard_interventions counting_algorithm adversarial_prior irm_verdict \
-  ablation temporal next_environment recover_truth
-REAL := l1000_explosion l1000_ceiling l1000_unseen_drugs papalexi_thp1 gene_programmes
+  ablation temporal next_environment recover_truth why_rotated unmixing_choices latent_graphs
+REAL := l1000_explosion l1000_ceiling l1000_unseen_drugs papalexi_thp1 gene_programmes known_answers_crispr \
+  known_answers_l1000 known_answers_pairs sachs
 experiments: install
 	test -n "$$PYRO_SCM_DATA" || echo "PYRO_SCM_DATA is not set: leaving out $(REAL)"
 	printf '%s\n' $${PYRO_SCM_DATA:+$(REAL)} $(SIMULATED) | \

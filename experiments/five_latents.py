@@ -85,7 +85,8 @@ def unmixed(run: Run, cells: EnvironmentDataset) -> Run:
 
 def unmixed_and_refined(run: Run, cells: EnvironmentDataset) -> Run:
     """And trained on there."""
-    return ps.refine(ps.unmix(run, cells), cells, device="cpu", progress=False)
+    half, rate = max(run.settings.epochs // 2, 1), float(np.max(run.settings.lr)) / 3
+    return ps.refine(ps.unmix(run, cells), cells, prior="student-t", epochs=half, lr=rate, device="cpu", progress=False)
 
 
 UNMIXED = Row("translation_vae", {"sparsity": "dense"}, after=unmixed, longer=2, rate=3e-3, linear_path=True)

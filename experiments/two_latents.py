@@ -144,7 +144,11 @@ def train(name: str, cells: EnvironmentDataset, seeds: Sequence[int], steps: int
         model, guide, cells, seeds=seeds, epochs=epochs, batch_size=BATCH, lr=1e-2, schedule="cosine", device="cpu",
         temperature=(2.0, 0.1) if annealed else None, progress=False,
     )  # fmt: skip
-    return ps.refine(ps.unmix(run, cells), cells, device="cpu", progress=False) if dense else run
+    if not dense:
+        return run
+    half, rate = max(run.settings.epochs // 2, 1), float(np.max(run.settings.lr)) / 3
+    # two environments are too few for a spike and slab
+    return ps.refine(ps.unmix(run, cells), cells, prior="student-t", epochs=half, lr=rate, device="cpu", progress=False)
 
 
 def programs(name: str, cells: EnvironmentDataset, dense: bool) -> tuple[Any, Any]:

@@ -9,15 +9,21 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from guides.encoders import Fresh, GaussianEncoder, PointEncoder
-from guides.mean_field import MeanField
+from guides.encoders import Fresh, GaussianEncoder, PointEncoder, ProductEncoder, ReferenceEncoder
+from guides.mean_field import MeanField, Standard
 from pyro_scm.batch import Batch, Schema
 from pyro_scm.errors import ModelError
-from pyro_scm.sites import DATA
+from pyro_scm.sites import DATA, Z
 
 __all__ = ["AmortisedGuide", "amortise"]
 
-FAMILIES = ("normal", "point")
+FAMILIES = {
+    "normal": GaussianEncoder,
+    "point": PointEncoder,
+    "product": ProductEncoder,
+    "reference": ReferenceEncoder,
+    "prior": Fresh,
+}
 
 
 class HasSchema(Protocol):
@@ -67,10 +73,13 @@ def amortise(
     Args:
         model: any Pyro program over a `Batch`.
         cells: the training cells, or their schema.
-        inputs: what the encoders read: ``"x"``, ``"e"`` (the environment's representation), names of covariates.
+        inputs: what the encoders read: ``"x"``, ``"y"`` (proteins), ``"e"`` (the environment's representation), names
+            of covariates.
         hidden: widths of the encoders' hidden layers.
         conditioning: ``"concatenate"``, or ``"film"``: a scale and a shift for each hidden unit (Perez et al. 2017).
-        family: ``"normal"``, or ``"point"`` for an autoencoder.
+        family: of q(z): ``"normal"``; ``"point"`` for an autoencoder; ``"product"`` of one expert for each modality,
+            x and y, and the prior N(0, I), so that either may be missing; ``"reference"``: infers the noise of
+            reference cells and leaves that of all others to the prior N(0, I); ``"prior"``: of all cells.
 
     Raises:
         ModelError: options that do not exist, or a model without latent sites.
@@ -90,11 +99,13 @@ def amortise(
             continue
         if any(frame.name == DATA for frame in site["cond_indep_stack"]):
             size = int(site["fn"].event_shape.numel())
-            if site["infer"].get("fresh"):
-                local[name] = Fresh(size)
+            encoder = FAMILIES[family if name == Z or family == "point" else "normal"]
+            if site["infer"].get("fresh") or encoder is Fresh:
+                local[name] = Fresh(size, float(site["fn"].stddev.mean()) if encoder is Fresh else 1.0)
                 continue
-            encoder = GaussianEncoder if family == "normal" else PointEncoder
             local[name] = encoder(schema, size, inputs, hidden, conditioning)
+        elif site["infer"].get("fresh"):
+            outside[name] = Standard(site["fn"].event_shape)
         else:
             outside[name] = MeanField(site["fn"])
     if not local and not outside:

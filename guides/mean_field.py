@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pyro_scm.errors import ModelError
 
-__all__ = ["MeanField"]
+__all__ = ["MeanField", "Standard"]
 
 
 class MeanField(nn.Module):
@@ -56,3 +56,20 @@ class MeanField(nn.Module):
 
 def _positive(raw: Tensor) -> Tensor:
     return 1e-4 + F.softplus(raw)
+
+
+class Standard(nn.Module):
+    """q = N(0, I): for noise outside the plate that is drawn anew, which no observation tells anything of.
+
+    Args:
+        shape: of the noise, all of it event.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.zero: Tensor
+        self.register_buffer("zero", torch.zeros(shape), persistent=False)
+
+    def forward(self) -> dist.Independent:
+        """Normal of this event shape."""
+        return dist.Normal(self.zero, torch.ones_like(self.zero)).to_event(self.zero.dim())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_scm import baselines, graphs, metrics, models, ordering
+    from pyro_scm.composition import dosed
     from pyro_scm.contracts import check
     from pyro_scm.coordinates import InCausalVariables, in_noise
     from pyro_scm.data.dataset import EnvironmentDataset
@@ -23,18 +24,22 @@ if TYPE_CHECKING:
     from pyro_scm.evaluation import compare
     from pyro_scm.infer import fit, grid
     from pyro_scm.model import LatentModel
-    from pyro_scm.objectives import IRM, EffectSparsity, ImportanceWeighted, Objective
+    from pyro_scm.objectives import IRM, EffectSparsity, EffectSpikeSlab, ImportanceWeighted, Objective
     from pyro_scm.posterior import to_arviz
+    from pyro_scm.pretraining import transfer
     from pyro_scm.programmes import gene_programmes
     from pyro_scm.query import counterfactual, do, effect, embed, expose, noise, predict, sweep
     from pyro_scm.recipes import load
     from pyro_scm.run import Run
+    from pyro_scm.structure_search import GraphPosterior, learn_graph, learn_latent_graph
     from pyro_scm.tuning import tune
-    from pyro_scm.unmixing import refine, unmix
+    from pyro_scm.unmixing import refine, stability, unmix
 
 _PLACES = {
     "EffectSparsity": "objectives",
+    "EffectSpikeSlab": "objectives",
     "EnvironmentDataset": "data.dataset",
+    "GraphPosterior": "structure_search",
     "IRM": "objectives",
     "ImportanceWeighted": "objectives",
     "InCausalVariables": "coordinates",
@@ -46,6 +51,7 @@ _PLACES = {
     "compare": "evaluation",
     "counterfactual": "query",
     "do": "query",
+    "dosed": "composition",
     "effect": "query",
     "embed": "query",
     "expose": "query",
@@ -54,6 +60,8 @@ _PLACES = {
     "graphs": "",
     "grid": "infer",
     "in_noise": "coordinates",
+    "learn_graph": "structure_search",
+    "learn_latent_graph": "structure_search",
     "load": "recipes",
     "metrics": "",
     "models": "",
@@ -62,8 +70,10 @@ _PLACES = {
     "predict": "query",
     "refine": "unmixing",
     "simulate": "data.synthetic",
+    "stability": "unmixing",
     "sweep": "query",
     "to_arviz": "posterior",
+    "transfer": "pretraining",
     "tune": "tuning",
     "unmix": "unmixing",
 }
@@ -71,7 +81,9 @@ _PLACES = {
 __all__ = [
     "IRM",
     "EffectSparsity",
+    "EffectSpikeSlab",
     "EnvironmentDataset",
+    "GraphPosterior",
     "ImportanceWeighted",
     "InCausalVariables",
     "LatentModel",
@@ -82,6 +94,7 @@ __all__ = [
     "compare",
     "counterfactual",
     "do",
+    "dosed",
     "effect",
     "embed",
     "expose",
@@ -90,6 +103,8 @@ __all__ = [
     "graphs",
     "grid",
     "in_noise",
+    "learn_graph",
+    "learn_latent_graph",
     "load",
     "metrics",
     "models",
@@ -98,8 +113,10 @@ __all__ = [
     "predict",
     "refine",
     "simulate",
+    "stability",
     "sweep",
     "to_arviz",
+    "transfer",
     "tune",
     "unmix",
 ]

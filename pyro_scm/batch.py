@@ -11,7 +11,13 @@ from torch import Tensor
 from pyro_scm.errors import DataError
 from pyro_scm.sites import DATA
 
-__all__ = ["Batch", "Schema", "Statistics"]
+__all__ = ["DOSE", "PART", "Batch", "Schema", "Statistics"]
+
+DOSE = "dose="
+"""How the names of features begin that hold the dose of one perturbation in uM: ``dose=NAME``."""
+
+PART = "part "
+"""How the names of features begin that describe one part of a combination: ``part 1: NAME``."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Schema:
     def summary(self) -> Statistics:
         """`statistics`, or neutral ones where none are known."""
         return self.statistics or Statistics.neutral(len(self.genes))
+
+    @property
+    def doses(self) -> list[int]:
+        """Positions of the features that hold the dose of one perturbation in uM (representation ``"multi-dose"``)."""
+        return [i for i, name in enumerate(self.features) if name.startswith(DOSE)]
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers, without the statistics."""

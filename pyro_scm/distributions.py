@@ -7,9 +7,9 @@ import torch
 from pyro.distributions import Independent, Normal, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["TABLE", "NegativeBinomial", "normal"]
+__all__ = ["TABLE", "NegativeBinomial", "TwoNegativeBinomials", "normal"]
 
 # From here on Stirling's series gives what his formula leaves of log Gamma; below, their difference keeps its digits.
 _SERIES_FROM = 8.0
@@ -228,6 +228,77 @@ class NegativeBinomial(TorchDistribution):  # type: ignore[misc]
             return found
         given = (v.expand(found.shape)[large] for v in (log_mean, log_theta, constant, value))
         return torch.index_put(found, large, _log_prob(*given))
+
+
+class TwoNegativeBinomials(TorchDistribution):  # type: ignore[misc]
+    """pi NB(mu_b, theta) + (1 - pi) NB(mu_f, theta), pi = sigmoid(logit).
+
+    Args:
+        background: ``(...)`` log mu_b.
+        foreground: ``(...)`` log mu_f.
+        logits: ``(...)`` of pi.
+        log_dispersion: ``(...)`` log theta.
+    """
+
+    arg_constraints = {"logits": constraints.real}  # noqa: RUF012
+    support = constraints.nonnegative_integer
+    has_rsample = False
+
+    def __init__(
+        self,
+        background: Tensor,
+        foreground: Tensor,
+        logits: Tensor,
+        log_dispersion: Tensor,
+        validate_args: bool | None = None,
+    ) -> None:
+        given = torch.broadcast_tensors(background, foreground, logits, log_dispersion)
+        self.background, self.foreground, self.logits, self.log_dispersion = given
+        super().__init__(self.logits.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "TwoNegativeBinomials":
+        """The same distribution with a larger batch shape."""
+        shape = torch.Size(batch_shape)
+        background, foreground = self.background.expand(shape), self.foreground.expand(shape)
+        logits, theta = self.logits.expand(shape), self.log_dispersion.expand(shape)
+        return TwoNegativeBinomials(background, foreground, logits, theta, self._validate_args)
+
+    @property
+    def parts(self) -> tuple[NegativeBinomial, NegativeBinomial]:
+        """Background and foreground."""
+        theta = self.log_dispersion
+        return (
+            NegativeBinomial(self.background, theta, validate_args=False),
+            NegativeBinomial(self.foreground, theta, validate_args=False),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Pi mu_b + (1 - pi) mu_f."""
+        return torch.lerp(self.foreground.exp(), self.background.exp(), torch.sigmoid(self.logits))
+
+    @property
+    def variance(self) -> Tensor:
+        """Of the mixture."""
+        share = torch.sigmoid(self.logits)
+        moments = [part.variance + part.mean.square() for part in self.parts]
+        return torch.lerp(moments[1], moments[0], share) - self.mean.square()
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Counts."""
+        shape = torch.Size(sample_shape)
+        with torch.no_grad():
+            share = torch.sigmoid(self.logits).expand(self._extended_shape(shape))
+            background, foreground = (part.sample(shape) for part in self.parts)
+            return torch.where(torch.bernoulli(share) > 0, background, foreground)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability of counts, of the batch's shape."""
+        if self._validate_args:
+            self._validate_sample(value)
+        background, foreground = (part.log_prob(value) for part in self.parts)
+        log_in, log_out = logsigmoid(self.logits), logsigmoid(-self.logits)
+        return torch.logaddexp(log_in + background, log_out + foreground)
 
 
 def _large(value: Tensor) -> tuple[Tensor, ...] | None:

@@ -56,7 +56,8 @@ class Design:
         environments: with cells, the reference among them.
         hits: for each latent, how many environments act on it and on nothing else; what the model believes where the
             targets are not known. Empty where it has no say in it (noise interventions under a sparse prior).
-        decoder: ``"linear"``, ``"flexible"`` or ``"conditional"`` (reads the environment).
+        decoder: ``"linear"``, ``"flexible"``, ``"conditional"`` (reads the environment) or ``"none"`` (the variables
+            themselves are observed).
         mechanism: ``"none"`` (no edges), ``"linear"`` or ``"network"``.
         scale: whether environments also change the scale of the noise.
     """
@@ -106,12 +107,17 @@ _GENERAL = "von Kügelgen et al., NeurIPS 2023; Varici et al., AISTATS 2024 (GSC
 _ZHANG = "Zhang et al., NeurIPS 2023"
 _IVAE = "Khemakhem et al., AISTATS 2020"
 _SPARSE = "Lachapelle et al., CLeaR 2022"
+_CLASS = "Hauser and Bühlmann, JMLR 2012"
+_SINGLE = "Eberhardt et al., UAI 2005"
+_ADDITIVE = "Peters et al., JMLR 2014"
 _ABSORBED = "x | e depends on decoder and causal layer only through their composition"
 
 
 def claims(design: Design) -> tuple[Claim, ...]:
     """The map from designs to what theory grants, assuming that the model holds and that cells are without number."""
     d = design
+    if d.decoder == "none":
+        return _observed(d)
     if d.decoder == "conditional":
         return tuple(
             Claim(q, False, "the decoder reads the environment and can explain all of it", _ABSORBED) for q in _ALL
@@ -126,6 +132,28 @@ def claims(design: Design) -> tuple[Claim, ...]:
 
 _ALL = ("noise z", "targets", "causal order", "graph")
 _LOCATELLO = "Locatello et al., ICML 2019"
+
+
+def _observed(d: Design) -> tuple[Claim, ...]:
+    """Variables that are measured without error, no common cause of two of them unmeasured."""
+    missing = sum(n == 0 for n in d.hits) if d.hits else d.latents
+    if d.mechanism == "network":
+        graph = (True, "if mechanisms are nonlinear and noise is additive", _ADDITIVE)
+    elif missing <= 1 and d.environments >= 2:
+        graph = (True, "complete", _SINGLE)
+    else:
+        graph = (
+            False,
+            f"up to graphs that the interventions cannot tell apart: {missing} of {d.latents} variables are never "
+            "acted on alone",
+            _CLASS,
+        )
+    return (
+        Claim("noise z", graph[0], "as residuals, once the graph is known", graph[2]),
+        Claim("targets", True, "given", "the data set"),
+        Claim("causal order", *graph),
+        Claim("graph", *graph),
+    )
 
 
 def _noise(d: Design) -> Claim:

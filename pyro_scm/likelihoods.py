@@ -9,14 +9,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_scm.batch import Batch, Schema
-from pyro_scm.distributions import NegativeBinomial, normal
+from pyro_scm.distributions import NegativeBinomial, TwoNegativeBinomials, normal
 from pyro_scm.errors import ModelError
-from pyro_scm.sites import X
+from pyro_scm.sites import X, Y
 
-__all__ = ["Gaussian", "GaussianFixed", "Likelihood", "NegativeBinomialLikelihood", "StudentT", "likelihood_for"]
+__all__ = [
+    "LOG_BACKGROUND",
+    "Gaussian",
+    "GaussianFixed",
+    "GaussianPerCell",
+    "Likelihood",
+    "NegativeBinomialLikelihood",
+    "ProteinMixture",
+    "StudentT",
+    "likelihood_for",
+    "outputs_of",
+]
+
+LOG_BACKGROUND = "log_background"
+"""Log of the mean count of unbound antibody, batch (n,), event (P,)."""
 
 # log theta is kept within these bounds by a smooth clamp: Poisson beyond the upper one, all-zero beyond the lower
 _LOG_DISPERSION_BOUND = 8.0
+_LOG_BACKGROUND_BOUND = 10.0
+_SMALLEST_SPREAD = 0.1
+_UNIT_SCALE = 0.5413  # softplus^-1(1)
 
 
 class Likelihood(nn.Module):
@@ -80,7 +97,7 @@ class _Located(Likelihood):
     def reset_parameters(self) -> None:
         """Scale 1 in units of each gene's standard deviation."""
         with torch.no_grad():
-            self.raw_scale.fill_(0.5413)  # softplus^-1(1)
+            self.raw_scale.fill_(_UNIT_SCALE)
 
     def location(self, c: Tensor, batch: Batch) -> Tensor:
         """``(..., G)`` in the data's units."""
@@ -130,6 +147,31 @@ class GaussianFixed(_Located):
         """Normal, event shape (G,)."""
         loc = self.location(c, batch)
         return normal(loc, torch.full_like(loc, self.sigma))
+
+
+class GaussianPerCell(_Located):
+    """x_g ~ N(mu_g(c), sigma_g(c)^2): the decoder gives each cell's variances too (CPA).
+
+    Args:
+        net: c ``(..., d)`` -> ``(..., 2 G)``: locations, then raw scales; see `Likelihood`.
+        schema: of the training cells.
+        conditional: see `Likelihood`.
+        floor: smallest sigma_g(c), in standard deviations of gene g.
+    """
+
+    def __init__(self, net: nn.Module, schema: Schema, conditional: bool = False, floor: float = 0.05) -> None:
+        super().__init__(net, schema, conditional, floor)
+        del self.raw_scale
+
+    def reset_parameters(self) -> None:
+        """Nothing of its own to draw."""
+
+    def distribution(self, c: Tensor, batch: Batch) -> dist.Independent:
+        """Normal, event shape (G,)."""
+        loc, raw = self.decode(c, batch).chunk(2, -1)
+        return normal(
+            torch.addcmul(self.centre, self.spread, loc), self.spread * (self.floor + F.softplus(raw + _UNIT_SCALE))
+        )
 
 
 class StudentT(_Located):
@@ -200,26 +242,100 @@ class NegativeBinomialLikelihood(Likelihood):
         return NegativeBinomial(self.log_mean(c, batch), log_dispersion, large=batch.large).to_event(1)
 
 
+class ProteinMixture(Likelihood):
+    """y_p ~ pi NB(mu_b, theta_p) + (1 - pi) NB(mu_f, theta_p): surface proteins, background and foreground.
+
+    Background mu_b ~ LogNormal, the cell's and protein's own (site ``log_background``); foreground mu_f = mu_b (1 +
+    softplus(net(c))); pi = sigmoid(net(c)). Proteins that were not measured in a cell (NaN) do not count.
+
+    Args:
+        net: c ``(..., d)`` -> ``(..., 2 P)``: foreground, then logits of pi.
+        schema: of the training cells.
+
+    Raises:
+        ModelError: cells without proteins.
+
+    Source: Gayoso et al., totalVI, Nat. Methods 2021; MultiCPA (Inecik et al., 2022).
+    """
+
+    site = Y
+
+    def __init__(self, net: nn.Module, schema: Schema) -> None:
+        super().__init__(net, schema)
+        if not schema.proteins:
+            raise ModelError("the cells have no proteins: name the obsm entry that holds them (proteins=KEY)")
+        self.prior_loc, self.prior_scale, self.raw_dispersion = (
+            nn.Parameter(torch.empty(len(schema.proteins))) for _ in range(3)
+        )
+
+    def reset_parameters(self) -> None:
+        """Background counts about 3, within a factor of e; theta = e."""
+        with torch.no_grad():
+            self.prior_loc.fill_(1.0)
+            self.prior_scale.fill_(_UNIT_SCALE)
+            self.raw_dispersion.fill_(1.0)
+
+    def background(self, cells: int) -> dist.Independent:
+        """Log mu_b of cells, a priori."""
+        loc = self.prior_loc.expand(cells, -1)
+        return normal(loc, (_SMALLEST_SPREAD + F.softplus(self.prior_scale)).expand_as(loc))
+
+    def mixture(self, c: Tensor, batch: Batch, log_background: Tensor) -> TwoNegativeBinomials:
+        """p(y | c, background) of each protein."""
+        raw, logits = self.decode(c, batch).chunk(2, -1)
+        bound = _LOG_DISPERSION_BOUND
+        background = _LOG_BACKGROUND_BOUND * torch.tanh(log_background / _LOG_BACKGROUND_BOUND)
+        foreground = background + torch.log1p(F.softplus(raw))
+        return TwoNegativeBinomials(background, foreground, logits, bound * torch.tanh(self.raw_dispersion / bound))
+
+    def forward(self, c: Tensor, batch: Batch) -> Tensor:
+        """The Pyro program: sites ``log_background`` and ``y``."""
+        background = pyro.sample(LOG_BACKGROUND, self.background(len(batch)))
+        law, seen = self.mixture(c, batch, background), batch.y
+        if seen is not None:
+            law, seen = law.mask(~seen.isnan()), seen.nan_to_num()
+        result: Tensor = pyro.sample(self.site, law.to_event(1), obs=seen)
+        return result
+
+
 def likelihood_for(schema: Schema, net: nn.Module, conditional: bool = False, kind: str | None = None) -> Likelihood:
-    """The likelihood of a kind: ``"normal"``, ``"normal-fixed"``, ``"student-t"`` or ``"negative-binomial"``.
+    """The likelihood of a kind.
+
+    Kinds: ``"normal"``, ``"normal-fixed"``, ``"normal-per-cell"``, ``"student-t"`` or ``"negative-binomial"``.
 
     Args:
         schema: of the training cells.
-        net: the decoder.
+        net: the decoder, of `outputs_of` outputs.
         conditional: whether the decoder reads the environment.
         kind: by default negative binomial for counts, else Normal.
 
     Raises:
         ModelError: an unknown kind, or one that does not fit the data.
     """
-    kinds = {
-        "normal": Gaussian,
-        "normal-fixed": GaussianFixed,
-        "student-t": StudentT,
-        "negative-binomial": NegativeBinomialLikelihood,
-    }
-    name = kind or ("negative-binomial" if schema.counts else "normal")
-    if name not in kinds:
-        raise ModelError(f"unknown likelihood {name!r}: use one of {', '.join(kinds)}")
-    result: Likelihood = kinds[name](net, schema, conditional=conditional)
+    result: Likelihood = _KINDS[_named(schema, kind)](net, schema, conditional=conditional)
     return result
+
+
+def outputs_of(schema: Schema, kind: str | None = None) -> int:
+    """Length of what a decoder must give to the likelihood of a kind.
+
+    Raises:
+        ModelError: an unknown kind.
+    """
+    return len(schema.genes) * (2 if _named(schema, kind) == "normal-per-cell" else 1)
+
+
+_KINDS = {
+    "normal": Gaussian,
+    "normal-fixed": GaussianFixed,
+    "normal-per-cell": GaussianPerCell,
+    "student-t": StudentT,
+    "negative-binomial": NegativeBinomialLikelihood,
+}
+
+
+def _named(schema: Schema, kind: str | None) -> str:
+    name = kind or ("negative-binomial" if schema.counts else "normal")
+    if name not in _KINDS:
+        raise ModelError(f"unknown likelihood {name!r}: use one of {', '.join(_KINDS)}")
+    return name

@@ -155,6 +155,7 @@ def maximise(
     cut: float = 0.3,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 300,
+    start: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> LinearGaussian:
     """Maximum likelihood under the lasso on A and without cycles; the edges that survive `cut` are then fitted freely.
 
@@ -168,6 +169,8 @@ def maximise(
         cut: see `LinearGaussian.graph`.
         seeds: one restart each.
         steps: largest number of L-BFGS iterations of each stage.
+        start: W (I - A)^-1 ``[G, d]`` and A ``[d, d]`` to start from, as `hard_gaussian` finds them; each restart adds
+            a little noise. By default the shifts of the means give the former.
 
     Raises:
         DataError: shapes that do not fit, an environment with fewer than two cells.
@@ -179,7 +182,7 @@ def maximise(
     table = torch.as_tensor(np.asarray(targets, np.float64))
     allowed = _allowed(mask, table.shape[-1])
     moments = _Moments.of(np.asarray(x, np.float64), np.asarray(env), len(table))
-    fit = _Fit(moments, table, kind, allowed, seeds)
+    fit = _Fit(moments, table, kind, allowed, seeds, start)
     cyclic = _cyclic(allowed)
     stages = [s for s in zip(_CYCLE_WEIGHTS, _TEMPERATURES, strict=True) if s[0] == 0 or cyclic or fit.learns_targets]
     with few_threads():
@@ -236,7 +239,15 @@ class _Moments:
 class _Fit:
     """K restarts side by side: parameters with a leading K, one loss, one optimiser."""
 
-    def __init__(self, moments: _Moments, targets: Tensor, kind: str, allowed: Tensor, seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        moments: _Moments,
+        targets: Tensor,
+        kind: str,
+        allowed: Tensor,
+        seeds: Sequence[int],
+        start: tuple[ArrayLike, ArrayLike] | None = None,
+    ) -> None:
         self.moments, self.kind = moments, kind
         self.unknown = targets.isnan().any(-1)
         self.learns_targets = bool(self.unknown.any())
@@ -262,6 +273,17 @@ class _Fit:
             "change": torch.zeros(k, e, d, dtype=torch.float64),
             "gate": gate + 0.1 * draw(e, d),
         }
+        if start is not None:
+            given, matrix = (torch.as_tensor(np.asarray(v, np.float64)) for v in start)
+            if given.shape != (g, d) or matrix.shape != (d, d):
+                raise DataError(
+                    f"start has shapes {tuple(given.shape)} and {tuple(matrix.shape)}: expected ({g}, {d}), ({d}, {d})"
+                )
+            given = given / moments.spread.unsqueeze(-1)
+            turn = torch.linalg.lstsq(self.principal, given).solution
+            self.p["rotation"] = turn + 0.01 * draw(d, d)
+            self.p["rest"] = ((given - self.principal @ turn) / self.unit.unsqueeze(-1)).expand(k, g, d).clone()
+            self.p["a"] = matrix + 0.01 * draw(d, d)
         total = self.total().detach()
         shifts = self.moments.mean.T.expand(k, g, e)
         self.p["loc"] = torch.linalg.lstsq(total, shifts).solution.mT.clone()

@@ -11,21 +11,34 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Independent, Normal
+from pyro.distributions import Beta, Independent, Normal
 from torch import Tensor, nn
 from torch.distributions import kl_divergence, register_kl
 from torch.nn import functional as F
 
-from pyro_scm.batch import Batch
+from pyro_scm.batch import Batch, Schema
+from pyro_scm.composition import Columns
 from pyro_scm.distributions import normal
 from pyro_scm.errors import ModelError
 from pyro_scm.priors import bounded_log_scale
 from pyro_scm.sites import DATA
 
-__all__ = ["MASK_NOISE", "MaskedPrior", "MaskedShift", "OneOf", "SpikeSlab"]
+__all__ = [
+    "EFFECT_NOISE",
+    "MASK_NOISE",
+    "LearntShare",
+    "MaskedEffects",
+    "MaskedPrior",
+    "MaskedShift",
+    "OneOf",
+    "SpikeSlab",
+]
 
 MASK_NOISE = "mask_noise"
 """Standard normal noise from which masks are drawn, batch (n,), event (d,)."""
+
+EFFECT_NOISE = "effect_noise"
+"""Standard normal noise from which masks and effects of perturbations are drawn, event (2, M, d), outside the plate."""
 
 
 class _Charged(Normal):  # type: ignore[misc]
@@ -88,10 +101,66 @@ class SpikeSlab(nn.Module):
         soft = torch.sigmoid((logits + self.opening + logistic) / self.temperature)
         return _straight_through((soft > 0.5).to(soft), soft)
 
+    def prior(self) -> tuple[float | Tensor, float | Tensor]:
+        """Log p(m = 1) and log p(m = 0)."""
+        return math.log(self.share), math.log1p(-self.share)
+
     def cost(self, logits: Tensor) -> Tensor:
         """KL(q(m) || p(m)) ``(..., d)``, a term a latent."""
         on, off = F.logsigmoid(logits + self.opening), F.logsigmoid(-logits - self.opening)
-        return on.exp() * (on - math.log(self.share)) + off.exp() * (off - math.log1p(-self.share))
+        log_on, log_off = self.prior()
+        return on.exp() * (on - log_on) + off.exp() * (off - log_off)
+
+    def shared_cost(self) -> Tensor | float:
+        """``(d,)`` KL of what all masks share; 0."""
+        return 0.0
+
+
+class LearntShare(SpikeSlab):
+    """`SpikeSlab` whose prior probability w_j ~ Beta(1, K) is each latent's own and learnt: q(w_j) = Beta(a_j, b_j).
+
+    Masks enter the bound with E_q[log w], so that the KL stays in closed form (sVAE+: Lopez et al., CLeaR 2023).
+
+    Args:
+        latent: d.
+        concentration: K; the larger, the fewer environments move a latent.
+        temperature: of the relaxation.
+        opening: see `SpikeSlab`.
+
+    Raises:
+        ModelError: a concentration that is not positive.
+    """
+
+    def __init__(
+        self, latent: int, concentration: float = 10.0, temperature: float = 1.0, opening: float = 5.0
+    ) -> None:
+        if not concentration > 0:
+            raise ModelError(f"concentration {concentration} of the masks' prior: give a positive number")
+        super().__init__(1 / (1 + concentration), temperature, opening)
+        self.concentration = concentration
+        self.raw = nn.Parameter(torch.empty(2, latent))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Beta(1, K), the prior."""
+        with torch.no_grad():
+            for row, value in zip(self.raw, (1.0, self.concentration), strict=True):
+                row.fill_(math.log(math.expm1(value)) if value < 30 else value)
+
+    def _posterior(self) -> Beta:
+        a, b = 1e-3 + F.softplus(self.raw)
+        return Beta(a, b, validate_args=False)
+
+    def prior(self) -> tuple[Tensor, Tensor]:
+        """E_q[log w] and E_q[log(1 - w)], each ``(d,)``."""
+        q = self._posterior()
+        both = torch.digamma(q.concentration1 + q.concentration0)
+        return torch.digamma(q.concentration1) - both, torch.digamma(q.concentration0) - both
+
+    def shared_cost(self) -> Tensor:
+        """``(d,)`` KL(q(w) || Beta(1, K))."""
+        one = torch.ones_like(self.raw[0])
+        return kl_divergence(self._posterior(), Beta(one, self.concentration * one, validate_args=False))
 
 
 class OneOf(nn.Module):
@@ -129,6 +198,10 @@ class OneOf(nn.Module):
         """KL(q(t) || p(t)) ``(..., d)``, in terms whose sum over the latents it is."""
         log_q = torch.log_softmax(logits, -1)
         return log_q.exp() * (log_q + math.log(logits.shape[-1]))
+
+    def shared_cost(self) -> float:
+        """0: see `SpikeSlab.shared_cost`."""
+        return 0.0
 
 
 Mask = SpikeSlab | OneOf
@@ -172,6 +245,7 @@ class _Masked(nn.Module):
         effects, logits = self._outputs(batch.r)
         on = batch.perturbed.unsqueeze(-1)
         cost = F.embedding(batch.row, self.mask.cost(logits) * on) * (self.environments / batch.total)
+        cost = cost + self.mask.shared_cost() / batch.total
         with poutine.block(hide=[DATA]):  # the model opens the plate for itself, and Pyro takes each name once
             plate = batch.plate()
         with plate:
@@ -221,3 +295,70 @@ class MaskedShift(_Masked):
         """``(n, d)``."""
         effects, mask = self._drawn(batch)
         return effects * mask
+
+
+class MaskedEffects(nn.Module):
+    """shift(e) = sum_t a_et m_t * e_t, m_tj ~ Bernoulli(p), e_tj ~ N(0, s^2) for each perturbation t (SAMS-VAE).
+
+    The posterior is factorised: q(m_tj) as `SpikeSlab`, q(e_tj) Normal. Masks and effects belong to perturbations, not
+    to cells, and are drawn once for all cells of a step; in combinations they add.
+
+    Args:
+        schema: of the training cells; amounts a as `composition.Columns` finds them.
+        latent: d.
+        mask: law of the masks.
+        width: s.
+
+    Raises:
+        ModelError: a width that is not positive, or a representation that is not one of perturbations.
+
+    Source: Bereket and Karaletsos, "Modelling Cellular Perturbations with the Sparse Additive Mechanism Shift
+    Variational Autoencoder", NeurIPS 2023.
+    """
+
+    def __init__(self, schema: Schema, latent: int, mask: SpikeSlab, width: float = 1.0) -> None:
+        super().__init__()
+        if not width > 0:
+            raise ModelError(f"width {width} of the effects' prior: give a positive number")
+        self.mask, self.width = mask, width
+        positions = Columns.of(schema).amounts
+        self.positions: Tensor
+        self.register_buffer("positions", torch.tensor(positions, dtype=torch.int64), persistent=False)
+        self.loc, self.raw_scale, self.logits = (nn.Parameter(torch.empty(len(positions), latent)) for _ in range(3))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small, narrow effects; masks as open as their law opens them."""
+        with torch.no_grad():
+            self.loc.normal_(std=0.1)
+            self.raw_scale.fill_(math.log(math.expm1(0.1)))
+            self.logits.normal_(std=0.01)
+
+    def _amounts(self, r: Tensor, perturbed: Tensor) -> Tensor:
+        return r.index_select(-1, self.positions) * perturbed.unsqueeze(-1)
+
+    def _cost(self, scale: Tensor) -> Tensor:
+        """``(2, M, d)`` KL of masks, KL of effects."""
+        ratio = scale / self.width
+        effects = 0.5 * (ratio.square() + (self.loc / self.width).square() - 1) - ratio.log()
+        return torch.stack((self.mask.cost(self.logits), effects))
+
+    def probability(self) -> Tensor:
+        """``(M, d)`` probability that a perturbation moves a latent."""
+        return self.mask.probability(self.logits)
+
+    def moments(self, r: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift under the most likely masks and mean effects, and unit scale: two tensors ``(R, d)``."""
+        mask = self.mask.draw(self.logits, torch.zeros_like(self.logits))
+        loc = self._amounts(r, perturbed) @ (mask * self.loc)
+        return loc, torch.ones_like(loc)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """``(n, d)``."""
+        scale = 1e-4 + F.softplus(self.raw_scale)
+        u = pyro.sample(EFFECT_NOISE, Independent(_Charged(self._cost(scale)), 3), infer={"fresh": True})
+        if u.dim() > 3:  # (S, 1, 2, M, d) under a plate of draws
+            u = u.squeeze(-4)
+        mask = self.mask.draw(self.logits, u[..., 0, :, :])
+        moved: Tensor = self._amounts(batch.r, batch.perturbed) @ (mask * (self.loc + scale * u[..., 1, :, :]))
+        return moved.index_select(-2, batch.row)

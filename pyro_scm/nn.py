@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FiLM", "Joint", "MaskedMLP", "Shortcut", "mlp", "replicated", "reset_parameters"]
+__all__ = ["FiLM", "Joint", "MaskedMLP", "Scaled", "Shortcut", "mlp", "replicated", "reset_parameters"]
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
@@ -84,6 +84,24 @@ class Joint(nn.Module):
             total = total + (product if row is None else product.index_select(0, row))
         result: Tensor = self.rest(total)
         return result
+
+
+class Scaled(nn.Module):
+    """v -> factor * net(v): the same functions, whose outputs move `factor` times as far in a step of Adam.
+
+    Args:
+        net: any network.
+        factor: see above.
+    """
+
+    def __init__(self, net: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = net, factor
+
+    def forward(self, v: Tensor) -> Tensor:
+        """As of `net`."""
+        out: Tensor = self.factor * self.net(v)
+        return out
 
 
 class Shortcut(nn.Module):

@@ -13,6 +13,7 @@ __all__ = [
     "Dense",
     "EnvironmentPrior",
     "FlatPrior",
+    "NarrowPrior",
     "SparseSoftmax",
     "Sparsifier",
     "StandardPrior",
@@ -92,6 +93,17 @@ class StandardPrior(nn.Module):
         """Normal of batch shape (n,), event shape (d,)."""
         loc = self.zero.expand(len(batch), self.latent)
         return normal(loc, torch.ones_like(loc))
+
+
+class NarrowPrior(StandardPrior):
+    """z ~ N(0, 0.01^2 I): noise too small to say anything, for models in which a cell has no state of its own."""
+
+    scale = 0.01
+
+    def forward(self, batch: Batch) -> dist.Independent:
+        """Normal of batch shape (n,), event shape (d,)."""
+        loc = self.zero.expand(len(batch), self.latent)
+        return normal(loc, torch.full_like(loc, self.scale))
 
 
 class FlatPrior(StandardPrior):

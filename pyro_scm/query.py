@@ -18,10 +18,11 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_scm.batch import Batch
+from pyro_scm.batch import Batch, Schema
 from pyro_scm.chance import forked
+from pyro_scm.composition import CovariateShift
 from pyro_scm.data.dataset import EnvironmentDataset
-from pyro_scm.errors import DataError, InterventionError
+from pyro_scm.errors import DataError, InterventionError, listing
 from pyro_scm.handlers import (
     Do,
     Expose,
@@ -33,7 +34,7 @@ from pyro_scm.handlers import (
     unstored,
 )
 from pyro_scm.run import Environments, Fitted, Run, members
-from pyro_scm.sites import DATA, C, X, Z
+from pyro_scm.sites import DATA, C, X, Y, Z
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,6 +44,7 @@ __all__ = ["Contrast", "Worlds", "counterfactual", "do", "effect", "embed", "exp
 Value: TypeAlias = float | Tensor | NDArray[Any] | Callable[[Tensor], Tensor]
 Actions: TypeAlias = Mapping[str, Value]
 Laws: TypeAlias = Mapping[str, Distribution]
+Place: TypeAlias = str | NDArray[Any]
 
 _DRAWS = "draws"
 _CHUNK = 2048
@@ -219,11 +221,13 @@ def counterfactual(
     cells: EnvironmentDataset,
     *,
     do: Actions | None = None,
-    environment: str | None = None,
+    environment: Place | None = None,
+    covariates: Mapping[str, str] | None = None,
     noise: Laws | None = None,
     draws: int | None = None,
     sample: bool = False,
     seed: int = 0,
+    site: str = X,
 ) -> Worlds:
     """What these cells would have been: abduction, action, prediction.
 
@@ -237,15 +241,18 @@ def counterfactual(
         fitted: a run, or (model, guide).
         cells: that were seen.
         do: site (``"c_3"``) -> number, one value a cell, or function of the natural value.
-        environment: name of an environment to put the cells in.
+        environment: to put the cells in: its name, or the representation ``[F]`` of one outside the table.
+        covariates: covariate -> category that the cells would have had.
         noise: site -> new distribution of that node's noise, which is then drawn anew.
         draws: S samples of each cell's posterior; None for its mean.
         sample: draw x instead of giving its expectation given c, with the same random numbers in both worlds.
         seed: of the draws.
+        site: the observed site to answer for: ``"x"``, or ``"y"`` for proteins.
 
     Raises:
         InterventionError: no such node.
-        DataError: no such environment, no cells or draws, or an answer too large for memory.
+        DataError: no such environment, covariate, category or site, no cells or draws, or an answer too large for
+            memory.
     """
     if not len(cells) or (draws is not None and draws < 1):
         raise DataError(f"{len(cells)} cells and draws = {draws}: ask about some cells, with draws of 1 or more")
@@ -253,17 +260,18 @@ def counterfactual(
     for k, (model, guide) in enumerate(members(fitted)):
         refuse_unknown(do or {}, model.sites)
         _check_size(len(cells) * (draws or 1), len(cells.genes), member_count(fitted))
-        place = _place(fitted, cells, environment)
+        names = _observed(model, site, cells.schema if site != X else None) or cells.genes
+        place = _place(fitted, cells, environment, covariates)
         with isolated(), forked():
             torch.manual_seed(seed + k)
             chunks = []
             for rows, batch in _chunks(cells, draws, model):
                 act = _Action(_per_cell(do, rows, len(cells)), noise, place)
-                chunks.append(_worlds(model, guide, batch, act, draws, sample))
+                chunks.append(_worlds(model, guide, batch, act, draws, sample, site))
         worlds.append({name: np.concatenate([c[name] for c in chunks], axis=1) for name in chunks[0]})
         nodes = tuple(str(n) for n in model.scm.nodes)
     stacked = {name: np.stack([w[name] for w in worlds]) for name in worlds[0]}
-    return Worlds(**stacked, cells=cells.cells, genes=cells.genes, nodes=nodes)
+    return Worlds(**stacked, cells=cells.cells, genes=names, nodes=nodes)
 
 
 @dataclass(frozen=True)
@@ -274,7 +282,7 @@ class _Action:
 
 
 def _worlds(
-    model: Any, guide: Any, batch: Batch, act: _Action, draws: int | None, sample: bool
+    model: Any, guide: Any, batch: Batch, act: _Action, draws: int | None, sample: bool, site: str
 ) -> dict[str, NDArray[np.float32]]:
     """Arrays ``[S, n, ...]`` of both worlds."""
     latents = abduct(guide, batch, draws)
@@ -296,8 +304,8 @@ def _worlds(
         "z": _numpy(factual.nodes[Z]["value"], draws),
         "factual_c": _numpy(factual.nodes[C]["value"], draws),
         "c": _numpy(asked.nodes[C]["value"], draws),
-        "factual_x": _numpy(_expression(factual, sample), draws),
-        "x": _numpy(_expression(asked, sample), draws),
+        "factual_x": _numpy(_expression(factual, sample, site), draws),
+        "x": _numpy(_expression(asked, sample, site), draws),
     }
 
 
@@ -385,9 +393,23 @@ def _plate(draws: int | None) -> Any:
     return contextlib.nullcontext() if draws is None else pyro.plate(_DRAWS, draws, dim=-2)
 
 
-def _expression(trace: Any, sample: bool) -> Tensor:
-    value: Tensor = trace.nodes[X]["value"] if sample else trace.nodes[X]["fn"].mean
+def _expression(trace: Any, sample: bool, site: str) -> Tensor:
+    value: Tensor = trace.nodes[site]["value"] if sample else trace.nodes[site]["fn"].mean
     return value
+
+
+def _observed(model: Any, site: str, schema: Schema | None) -> tuple[str, ...]:
+    """Names of what an observed site other than x holds.
+
+    Raises:
+        DataError: the model has no such site.
+    """
+    if schema is None:
+        return ()
+    sites = [likelihood.site for likelihood in model.likelihoods]
+    if site not in sites:
+        raise DataError(f"no observed site {site!r}: this model has {', '.join(sites)}")
+    return schema.proteins if site == Y else schema.genes
 
 
 def _numpy(value: Tensor, draws: int | None) -> NDArray[np.float32]:
@@ -423,12 +445,40 @@ def _per_cell(actions: Actions | None, rows: NDArray[np.int64], total: int) -> d
     return part
 
 
-def _place(fitted: Fitted, cells: EnvironmentDataset, name: str | None) -> Callable[[Batch], Batch] | None:
-    if name is None:
+def _place(
+    fitted: Fitted, cells: EnvironmentDataset, place: Place | None, covariates: Mapping[str, str] | None
+) -> Callable[[Batch], Batch] | None:
+    if place is None and not covariates:
         return None
+    codes = _codes(covariates or {}, cells.categories)
+    if place is None:
+        return lambda batch: _recoded(batch, codes)
+    if not isinstance(place, str):
+        r = torch.as_tensor(np.asarray(place, np.float32))
+        return lambda batch: _recoded(batch.under(r), codes)
     environments = fitted.environments if isinstance(fitted, Run) else Environments.of(cells)
-    environments.index(name)  # an unknown name is refused before any work
-    return lambda batch: environments.place(batch, name)
+    environments.index(place)  # an unknown name is refused before any work
+    return lambda batch: _recoded(environments.place(batch, place), codes)
+
+
+def _codes(covariates: Mapping[str, str], categories: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """The code of each covariate's category.
+
+    Raises:
+        DataError: no such covariate or category.
+    """
+    for name, value in covariates.items():
+        if name not in categories:
+            raise DataError(f"no covariate {name!r}: the cells have {listing(categories) or 'none'}")
+        if value not in categories[name]:
+            raise DataError(f"covariate {name!r} has no {value!r}: it has {listing(categories[name], 8)}")
+    return {name: categories[name].index(value) for name, value in covariates.items()}
+
+
+def _recoded(batch: Batch, codes: Mapping[str, int]) -> Batch:
+    """The same cells with other covariates."""
+    given = {name: torch.full_like(batch.env, code) for name, code in codes.items()}
+    return replace(batch, covariates={**batch.covariates, **given}) if given else batch
 
 
 def member_count(fitted: Fitted) -> int:
@@ -451,7 +501,7 @@ def effect(
     cells: EnvironmentDataset,
     *,
     do: Actions | None = None,
-    environment: str | None = None,
+    environment: Place | None = None,
     versus: Actions | None = None,
     draws: int | None = None,
     seed: int = 0,
@@ -507,9 +557,11 @@ def sweep(
         refuse_unknown(chosen, sites)
         batch = cells.batch().to(_device(model))
         with isolated():
-            z = abduct(guide, batch)[Z]
-            shift = model.shift(batch) if model.shift is not None else 0.0
-            gain = model.regime(batch) if model.regime is not None else None
+            latents = abduct(guide, batch)
+            z = latents[Z]
+            with poutine.condition(data=latents):  # shifts may have noise of their own
+                shift = model.shift(batch) if model.shift is not None else 0.0
+                gain = model.regime(batch) if model.regime is not None else None
             levels = torch.as_tensor(values, dtype=z.dtype, device=z.device)
             c = model.scm.solve_each(z + shift, [sites.index(name) for name in chosen], levels, gain)
             solved["c"].append(c.cpu().numpy())
@@ -521,36 +573,51 @@ def sweep(
 
 
 def predict(
-    run: Run, environment: str | NDArray[Any], *, cells: int = 500, seed: int = 0, mean: bool = False
+    run: Run,
+    environment: Place,
+    *,
+    covariates: Mapping[str, str] | None = None,
+    cells: int = 500,
+    seed: int = 0,
+    mean: bool = False,
+    site: str = X,
 ) -> NDArray[np.float32]:
     """Cells simulated in an environment: z ~ p(z | e), c = scm(z), x ~ p(x | c).
 
     Args:
         run: from `fit` or `load`.
-        environment: its name, or the representation ``[F]`` of one that the run has never heard of.
+        environment: its name, or the representation ``[F]`` of one that the run has never heard of (such as `dosed`).
+        covariates: covariate -> category of the cells; needed of those that the model uses.
         cells: to simulate.
         seed: of the simulation.
         mean: E[x | c] of each cell instead of a draw of x.
+        site: the observed site to simulate: ``"x"``, or ``"y"`` for proteins.
 
     Returns:
         ``[K, cells, G]`` expression in the data's units (counts at the training cells' median library size).
 
     Raises:
-        DataError: no such environment, or a representation of another length.
+        DataError: no such environment, covariate, category or site, or a representation of another length.
     """
+    codes = _codes(covariates or {}, run.schema.covariates)
+    used = [n for m in run.model.modules() if isinstance(m, CovariateShift) for n in m.names if n not in codes]
+    if used:
+        raise DataError(f"this model has effects of {listing(used)}: say which cells to simulate (covariates=...)")
+    _observed(run.model, site, run.schema if site != X else None)
     zeros = torch.zeros(cells, dtype=torch.int64)
     template = replace(Batch.example(run.schema, cells), index=zeros, x=None, y=None, size=None)
     if isinstance(environment, str):
         batch = run.environments.place(template, environment)
     else:
         batch = template.under(torch.as_tensor(np.asarray(environment, np.float32)))
+    batch = _recoded(batch, codes)
     results = []
     for k, (model, _) in enumerate(members(run)):
         device = _device(model)
         with isolated(), forked():
             torch.manual_seed(seed + k)
             trace = poutine.trace(model).get_trace(batch.to(device))
-        results.append(_numpy(_expression(trace, not mean), 1))
+        results.append(_numpy(_expression(trace, not mean, site), 1))
     return np.stack(results)
 
 

@@ -15,10 +15,10 @@ from pyro_scm.batch import Schema
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import CheckpointError, ModelError
 from pyro_scm.model import LatentModel
-from pyro_scm.objectives import Objective, adversarial_prior
+from pyro_scm.objectives import Objective, adversarial_prior, compositional, discrepancy
 from pyro_scm.run import Run
 
-__all__ = ["RECIPES", "Recipe", "load", "make", "objective", "recipe"]
+__all__ = ["RECIPES", "Recipe", "load", "make", "objective", "rebuild", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ RECIPES: dict[str, Recipe] = {
     "adversarial_prior_ae": Recipe(
         models.adversarial_prior_ae, family="point", section="4.10", objective=adversarial_prior, critic_steps=5
     ),
+    "cpa": Recipe(models.cpa, section="CPA", objective=compositional, critic_steps=2),
+    "chemcpa": Recipe(models.chemcpa, section="chemCPA", objective=compositional, critic_steps=2),
+    "multicpa": Recipe(models.multicpa, ("x", "y", "e"), section="MultiCPA", objective=compositional, critic_steps=2),
+    "scgen": Recipe(models.scgen, ("x",), section="scGen"),
+    "sams_vae": Recipe(models.sams_vae, section="SAMS-VAE"),
+    "svae_plus": Recipe(models.svae_plus, section="sVAE+"),
+    "discrepancy_vae": Recipe(models.discrepancy_vae, section="discrepancy-VAE", objective=discrepancy),
+    "latent_additive": Recipe(models.latent_additive, ("x",), "reference", "PerturBench"),
+    "decoder_only": Recipe(models.decoder_only, ("x",), "prior", "PerturBench"),
 }
 
 
@@ -113,7 +122,7 @@ def make(
         guide_hidden: widths of the encoder's hidden layers.
         conditioning: see `guides.amortise`.
         inputs: of the guide; the recipe's own by default.
-        family: of the guide, ``"normal"`` or ``"point"``; the recipe's own by default.
+        family: of the guide, see `guides.amortise`; the recipe's own by default.
         **options: of the model.
 
     Raises:
@@ -173,3 +182,21 @@ def _rebuild(manifest: Mapping[str, Any], schema: Schema) -> tuple[LatentModel, 
         )
     model = RECIPES[made["name"]].build(schema, **made["options"])
     return model, amortise(model, schema, **guided)
+
+
+def rebuild(model: nn.Module, guide: nn.Module, schema: Schema) -> tuple[LatentModel, AmortisedGuide]:
+    """A named model and its guide with the same options, for other data.
+
+    Args:
+        model: that a named function built.
+        guide: that `amortise` built.
+        schema: of the other data.
+
+    Raises:
+        ModelError: a composition of the user's own.
+    """
+    made: Any = getattr(model, "spec", None)
+    guided: Any = getattr(guide, "spec", None)
+    if not made or not guided or made["name"] not in RECIPES:
+        raise ModelError("this model is not one of the named models: build it anew for the other data yourself")
+    return _rebuild({"model": made, "guide": guided}, schema)

@@ -56,7 +56,8 @@ class Environments:
     """The environments that a run knows by name.
 
     Args:
-        table: as `EnvironmentDataset.environments`, with a column ``trained`` that says which had training cells.
+        table: as `EnvironmentDataset.environments`, with columns ``cells``, the number of training cells, and
+            ``trained``, which environments had any.
         representation: ``[E, F]``.
     """
 
@@ -66,8 +67,8 @@ class Environments:
     @staticmethod
     def of(cells: "EnvironmentDataset") -> "Environments":
         """The environments of the training cells' data set."""
-        trained = np.isin(np.arange(len(cells.environments)), cells.present)
-        return Environments(cells.environments.assign(trained=trained), cells.representation)
+        number = np.bincount(cells.env, minlength=len(cells.environments))
+        return Environments(cells.environments.assign(cells=number, trained=number > 0), cells.representation)
 
     def index(self, name: str) -> int:
         """Row number of an environment.

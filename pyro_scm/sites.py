@@ -14,6 +14,9 @@ C = "c"
 X = "x"
 """Gene expression, batch (n,), event (G,)."""
 
+Y = "y"
+"""Counts of surface proteins, batch (n,), event (P,)."""
+
 
 def node_site(node: Hashable) -> str:
     """Name of the site of one causal variable: node 3 is ``"c_3"``."""

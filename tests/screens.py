@@ -6,6 +6,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -24,6 +25,10 @@ from pyro_scm.run import Run
 SIZES: dict[str, Any] = {"latent": 3, "genes": 8, "environments": 4, "cells": 25, "descriptors": 5}
 SMALL: dict[str, Any] = {"latent": 3, "hidden": (6,), "guide_hidden": (7,)}
 KINDS = ("gaussian", "negative-binomial")
+SECOND_SEED = (
+    "cpa", "chemcpa", "multicpa", "scgen", "sams_vae", "svae_plus", "discrepancy_vae",
+    "latent_additive", "decoder_only",
+)  # fmt: skip
 
 
 @functools.cache
@@ -36,6 +41,8 @@ def screen(observation: str = "gaussian") -> anndata.AnnData:
 def cells(observation: str = "gaussian") -> EnvironmentDataset:
     """The cells of `screen`, environments described by five descriptors, half of the cells in each of two plates."""
     adata = screen(observation).copy()
+    proteins = np.random.default_rng(0).poisson(np.linspace(2, 20, 4), (adata.n_obs, 4))
+    adata.obsm["protein"] = pd.DataFrame(proteins, adata.obs_names, ["CD3", "CD4", "CD8", "CD19"])
     adata.obs["plate"] = np.where(np.arange(adata.n_obs) % 2, "odd", "even")
     return EnvironmentDataset.from_anndata(
         adata,
@@ -44,6 +51,7 @@ def cells(observation: str = "gaussian") -> EnvironmentDataset:
         targets="targets",
         representation=adata.uns["descriptors"],
         covariates=("plate",),
+        proteins="protein",
     )
 
 

@@ -18,7 +18,7 @@ CONDITIONINGS: dict[str, dict[str, Any]] = {
     "concatenated": {"inputs": ("x", "e"), "conditioning": "concatenate"},
     "film": {"inputs": ("x", "e"), "conditioning": "film"},
 }
-EVERY = [(name, how) for name in recipes.RECIPES for how in CONDITIONINGS]
+EVERY = [(name, how) for name, recipe in recipes.RECIPES.items() if recipe.family != "prior" for how in CONDITIONINGS]
 ANSWERS = ("z", "factual_c", "c", "factual_x", "x")
 
 

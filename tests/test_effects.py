@@ -37,15 +37,22 @@ def test_shifts_are_those_of_the_program(cells: EnvironmentDataset) -> None:
         effects.shifts(run_of(cells, "vae"))
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, run: Run, values: np.ndarray) -> pd.DataFrame:
-    """Inclusion probabilities of given shifts."""
+def planted(
+    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+    values: np.ndarray,
+    offset: bool = False,
+    number: np.ndarray | float = 1e6,
+) -> pd.DataFrame:
+    """Inclusion probabilities of given shifts, of environments of so many cells."""
     names = ["control", *(f"e{i}" for i in range(len(values)))]
     table = pd.DataFrame({"is_reference": [n == "control" for n in names], "trained": True}, index=names)
+    table["cells"] = np.r_[1e6, np.broadcast_to(number, len(values))]
     index = pd.MultiIndex.from_product([[0], names], names=["member", "environment"])
     shifted = pd.DataFrame(np.concatenate([np.zeros((1, values.shape[1])), values]), index=index)
     monkeypatch.setattr(effects, "shifts", lambda _: shifted)
     environments = Environments(table, np.zeros((len(names), 1), np.float32))
-    found = effects.inclusion(replace(run, environments=environments, seeds=(0,)))
+    found = effects.inclusion(replace(run, environments=environments, seeds=(0,)), offset=offset)
     return found.loc[0].loc[names[1:]]
 
 
@@ -83,6 +90,53 @@ def test_large_effects_are_certain_and_references_out(
     assert (found[:5, 0] > 0.999).all()
     assert (found[7:9, 1] > 0.99).all()
     assert found[5:, 0].max() < 0.2
+
+
+def test_few_cells_are_no_evidence(cells: EnvironmentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    number = np.where(np.arange(60) % 3 == 0, 10.0, 2000.0)
+    values = rng.normal(0, 1, (60, 2)) / np.sqrt(number)[:, None]  # nothing is moved; few cells move far by chance
+    values[1:8:3] = 3.0
+    told = planted(monkeypatch, run_of(cells), values, number=number).to_numpy() > 0.5
+    assert told[1:8:3].all()
+    assert told.sum() == told[1:8:3].sum()
+    untold = planted(monkeypatch, run_of(cells), values).to_numpy() > 0.5
+    assert untold.sum() > told.sum() + 5
+
+
+def test_shifts_that_a_prior_has_shrunk_are_not_taken_for_a_wide_gap(
+    cells: EnvironmentDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(6)
+    values = np.where(rng.random((60, 2)) < 0.5, 1e-4, 0.03) * rng.normal(size=(60, 2))
+    values[:6] = 4.0
+    found = planted(monkeypatch, run_of(cells), values, number=400.0).to_numpy() > 0.5
+    assert found[:6].all()
+    assert not found[6:].any()
+
+
+def test_an_offset_that_all_share_moves_nothing(cells: EnvironmentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    on = rng.random((60, 3)) < 0.2
+    values = 2.0 + on * rng.choice([-1, 1], on.shape) * 3.0 + rng.normal(0, 0.3, on.shape)
+    found = planted(monkeypatch, run_of(cells), values, offset=True).to_numpy() > 0.5
+    assert (found == on).mean() > 0.98
+    without = planted(monkeypatch, run_of(cells), values).to_numpy() > 0.5
+    assert (without == on).mean() < 0.9
+
+
+def test_the_groups_are_those_that_were_planted(cells: EnvironmentDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    run = run_of(cells)
+    on = rng.random((1, 9, 2)) < 0.3
+    on[:, 0] = False
+    values = (on * rng.choice([-1, 1], on.shape) * 4 + rng.normal(0, 0.2, on.shape)).reshape(9, 2)
+    shown = pd.DataFrame(np.concatenate([values, values]), index=effects.shifts(run).index)
+    monkeypatch.setattr(effects, "shifts", lambda _: shown)
+    found = effects.groups(run)
+    assert set(found) == {"share", "spike", "size", "spread"}
+    assert 0.05 < found["spike"] < 0.5
+    assert np.hypot(found["size"], found["spread"]) > 1
 
 
 def test_a_run_of_its_own_has_probabilities(cells: EnvironmentDataset) -> None:

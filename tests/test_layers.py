@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     # words
     "chance errors sites threads",
-    "nn batch distributions graphs ordering",
+    "nn batch distributions graphs ordering directions orders signal_space",
     # the parts of a model
-    "handlers",
-    "scm priors likelihoods",
+    "handlers dosers",
+    "scm priors likelihoods composition",
     "shifts regimes masks attention",
     "model",
     # data
@@ -33,12 +33,16 @@ LAYERS = (
     # named models and what is minimised
     "models.building",
     "models.ae models.vae models.conditional_vae models.environment_vae models.translation_vae"
-    " models.structured_environment_vae models.structured_translation_vae models.adversarial_prior_ae",
+    " models.structured_environment_vae models.structured_translation_vae models.adversarial_prior_ae"
+    " models.cpa models.chemcpa models.multicpa models.scgen models.sams_vae models.svae_plus models.discrepancy_vae"
+    " models.latent_additive models.decoder_only",
     "models",
     "objectives.elbo",
-    "objectives.importance objectives.irm objectives.counterfactual objectives.structure objectives.sparsity",
+    "objectives.importance objectives.irm objectives.counterfactual objectives.structure objectives.sparsity"
+    " objectives.independence",
+    "objectives.compositional objectives.discrepancy",
     "objectives",
-    "linear_gaussian",
+    "linear_gaussian hard_gaussian hard_network",
     # training
     "ensemble checkpoints feeding parallel recording",
     "run",
@@ -51,9 +55,10 @@ LAYERS = (
     "metrics",
     "infer query baselines",
     "posterior contracts report programmes identify unmixing",
+    "structure_search",
     # models with their guides: from here on `guides` is known
     "recipes",
-    "evaluation",
+    "evaluation pretraining",
     "demo tuning",
     # the command line
     "cli.parsing cli.outputs",
@@ -71,7 +76,7 @@ GUIDES_MAY_IMPORT = {"nn", "sites", "batch", "distributions", "errors"}
 # Beyond the order of rows: who may import these at all.
 ONLY_FOR = {
     "guides": {"recipes"},
-    "recipes": {"evaluation", "demo", "tuning", "cli"},
+    "recipes": {"evaluation", "pretraining", "demo", "tuning", "cli"},
     "cli": {"__main__"},
     "demo": {"cli"},
     "pyro_scm": {"cli"},  # the lazy names of the package itself

@@ -16,10 +16,12 @@ from pyro_scm.errors import ModelError
 from pyro_scm.likelihoods import (
     Gaussian,
     GaussianFixed,
+    GaussianPerCell,
     Likelihood,
     NegativeBinomialLikelihood,
     StudentT,
     likelihood_for,
+    outputs_of,
 )
 from pyro_scm.nn import mlp, reset_parameters
 
@@ -209,7 +211,8 @@ def test_the_likelihood_follows_the_data_unless_it_is_named() -> None:
 
 def test_a_likelihood_that_does_not_exist_or_fit_is_refused() -> None:
     with pytest.raises(
-        ModelError, match="unknown likelihood 'cauchy': use one of normal, normal-fixed, student-t, neg"
+        ModelError,
+        match="unknown likelihood 'cauchy': use one of normal, normal-fixed, normal-per-cell, student-t, neg",
     ):
         likelihood_for(CONTINUOUS, Given(), kind="cauchy")
     with pytest.raises(ModelError, match="NegativeBinomialLikelihood needs counts"):
@@ -249,3 +252,25 @@ def test_statistics_are_saved_with_the_model() -> None:
     assert (gaussian.spread == 1).all()
     gaussian.load_state_dict(Gaussian(mlp(3, (), 3), CONTINUOUS).state_dict())
     assert torch.equal(gaussian.centre, MEAN)
+
+
+# ---------------------------------------------------------------------- variances of each cell
+def test_a_decoder_may_give_each_cells_variance() -> None:
+    torch.manual_seed(0)
+    schema, c = CONTINUOUS, torch.randn(5, 3)
+    genes = len(schema.genes)
+    assert outputs_of(schema, "normal-per-cell") == 2 * genes
+    assert outputs_of(schema) == outputs_of(schema, "student-t") == genes
+    part = likelihood_for(schema, nn.Linear(3, 2 * genes), kind="normal-per-cell")
+    assert type(part) is GaussianPerCell
+    law = part.distribution(c, Batch.example(schema, 5)).base_dist
+    out = part.net(c)
+    torch.testing.assert_close(law.loc, part.centre + part.spread * out[:, :genes])
+    scale = part.spread * (0.05 + nn.functional.softplus(out[:, genes:] + 0.5413))
+    torch.testing.assert_close(law.scale, scale)
+    assert (law.scale[0] != law.scale[1]).all()
+    with torch.no_grad():
+        part.net.weight.fill_(-1e4)
+        assert (part.distribution(c.abs(), Batch.example(schema, 5)).base_dist.scale >= 0.05 * part.spread).all()
+    with pytest.raises(ModelError, match="unknown likelihood 'gamma'"):
+        outputs_of(schema, "gamma")

@@ -18,7 +18,7 @@ from pyro_scm.effects import mask
 from pyro_scm.ensemble import Ensemble, System, stack_initial
 from pyro_scm.errors import ModelError
 from pyro_scm.infer import fit
-from pyro_scm.masks import MASK_NOISE, MaskedPrior, MaskedShift, OneOf, SpikeSlab, _Charged
+from pyro_scm.masks import MASK_NOISE, LearntShare, MaskedEffects, MaskedPrior, MaskedShift, OneOf, SpikeSlab, _Charged
 from pyro_scm.objectives import ImportanceWeighted, Objective
 from tests.screens import cells, make
 
@@ -306,3 +306,96 @@ def test_structured_models_take_masks_too(name: str, kind: str) -> None:
     trace = poutine.trace(run.model).get_trace(data.batch())
     assert trace.nodes[MASK_NOISE]["value"].shape == (len(data), 3)
     assert len(run.model.sites) == 3  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- masks of perturbations, shares that are learnt
+def test_a_learnt_share_enters_the_bound_as_its_posterior_expects_it() -> None:
+    """KL of masks and share together, by Monte Carlo over the share."""
+    torch.manual_seed(0)
+    mask = LearntShare(3, concentration=4.0, opening=0.0)
+    with torch.no_grad():
+        mask.raw.copy_(torch.tensor([[1.0, 2.0, 0.3], [2.0, 1.0, 3.0]]))
+        a, b = 1e-3 + torch.nn.functional.softplus(mask.raw)
+        q, p = dist.Beta(a, b), dist.Beta(torch.ones(3), 4.0 * torch.ones(3))
+        logits = torch.tensor([0.5, -1.0, 2.0])
+        share = q.sample((40_000,)).clamp(1e-6, 1 - 1e-6)
+        on = torch.sigmoid(logits)
+        each = on * (on.log() - share.log()) + (1 - on) * ((1 - on).log() - (1 - share).log())
+        error = each.std(0) / 200
+        assert ((mask.cost(logits) - each.mean(0)).abs() < 6 * error).all()
+        ratio = q.log_prob(share) - p.log_prob(share)
+        assert ((mask.shared_cost() - ratio.mean(0)).abs() < 6 * ratio.std(0) / 200).all()
+        mask.reset_parameters()
+    assert float(mask.shared_cost().detach().abs().max()) < 1e-4  # it starts at its prior
+    with pytest.raises(ModelError, match=r"concentration 0 of the masks' prior"):
+        LearntShare(3, concentration=0)
+
+
+def test_the_cost_of_what_masks_share_counts_once_for_the_data_set() -> None:
+    mask = LearntShare(3, opening=0.0)
+    with torch.no_grad():
+        mask.raw.add_(1.0)
+    prior = MaskedPrior(torch.nn.Linear(5, 6), 3, mask, 4, scale=False)
+    whole, part = cells().batch(), cells()[:25]
+    once = float(mask.shared_cost().detach().sum())
+    for batch in (whole, part):
+        site = poutine.trace(prior).get_trace(batch).nodes["mask_noise"]
+        bare = poutine.trace(MaskedPrior(prior.net, 3, Bare(mask), 4, scale=False)).get_trace(batch).nodes["mask_noise"]
+        difference = site["fn"].base_dist.cost - bare["fn"].base_dist.cost
+        assert float((difference.sum() * batch.total / len(batch)).detach()) == pytest.approx(once, rel=1e-4)
+
+
+class Bare(torch.nn.Module):
+    """A mask without the cost of what it shares."""
+
+    def __init__(self, mask: LearntShare) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def draw(self, logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return self.mask.draw(logits, u)
+
+    def cost(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.mask.cost(logits)
+
+    def shared_cost(self) -> float:
+        return 0.0
+
+
+def effects(share: float = 0.3) -> MaskedEffects:
+    torch.manual_seed(0)
+    part = MaskedEffects(cells().schema, 3, SpikeSlab(share, opening=0.0), width=2.0)
+    with torch.no_grad():
+        part.logits.normal_()
+        part.loc.normal_()
+    return part
+
+
+def test_the_divergence_of_masks_and_effects_is_that_of_their_own_laws_and_counts_once() -> None:
+    part, batch = effects(), cells()[:30]
+    site = poutine.trace(part).get_trace(batch).nodes["effect_noise"]
+    assert site["scale"] == 1
+    scale = 1e-4 + torch.nn.functional.softplus(part.raw_scale)
+    own = kl_divergence(torch.distributions.Normal(part.loc, scale), torch.distributions.Normal(0.0, 2.0)).sum()
+    probability = torch.sigmoid(part.logits)
+    own = own + kl_divergence(torch.distributions.Bernoulli(probability), torch.distributions.Bernoulli(0.3)).sum()
+    standard = dist.Normal(torch.zeros(2, 5, 3), 1.0).to_event(3)
+    torch.testing.assert_close(kl_divergence(standard, site["fn"]), own, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_and_effects_are_drawn_from_their_posterior() -> None:
+    part, batch = effects(), cells().of("env_1")[:2]
+    with torch.no_grad():
+        drawn = torch.stack([part(batch)[0] for _ in range(4000)])
+        amounts = batch.e[0]
+        mean = amounts @ (torch.sigmoid(part.logits) * part.loc)
+        assert ((drawn.mean(0) - mean).abs() < 5 * drawn.std(0) / 4000**0.5).all()
+        with pyro.plate("draws", 6, dim=-2):
+            assert part(batch).shape == (6, 2, 3)
+        reference = cells().of("control")[:2]
+        assert not part(reference).any()
+    loc, _ = part.moments(batch.r, batch.perturbed)
+    hard = (part.logits > 0).float() * part.loc
+    torch.testing.assert_close(loc[batch.row[0]], amounts @ hard)
+    with pytest.raises(ModelError, match="width 0 of the effects' prior"):
+        MaskedEffects(cells().schema, 3, SpikeSlab(0.5), width=0)

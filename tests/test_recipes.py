@@ -73,7 +73,7 @@ def test_a_recipe_says_what_its_program_is_and_which_options_it_has() -> None:
     assert found.summary.startswith("z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c = z;")
     assert found.options == {
         "latent": 20, "hidden": (128,), "environment_hidden": (128,), "sparsity": "softmax", "temperature": 1.0,
-        "k": 1, "scale": True, "likelihood": None, "shortcut": False,
+        "k": 1, "scale": True, "likelihood": None, "shortcut": False, "effect_rate": 1.0,
     }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_options_reach_the_model_and_the_guide() -> None:
 
 
 def test_unknown_names_and_options_are_refused() -> None:
-    message = r"unknown model 'gan': use one of ae, vae, .*, adversarial_prior_ae, or FILE\.py:FUNCTION"
+    message = r"unknown model 'gan': use one of ae, vae, .*, decoder_only, or FILE\.py:FUNCTION"
     with pytest.raises(ModelError, match=message):
         make("gan", cells().schema)
     with pytest.raises(ModelError, match="model 'vae' has no option depth, width: it has latent, hidden, likelihood"):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_scm import feeding, recording
+from pyro_scm import feeding, recipes, recording
 from pyro_scm.objectives import Adversary, ImportanceWeighted, Objective
 from pyro_scm.recipes import RECIPES
 from pyro_scm.recording import Recorded
-from tests.screens import cells, train
+from tests.screens import cells, make, train
 
 OFTEN = recording._OFTEN
 
@@ -140,6 +140,16 @@ def test_both_sides_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     adversary = Adversary(nn.Linear(3, 4), weight=0.1)
     steps = both_ways(monkeypatch, "vae", objective=Objective(penalties={"a": adversary}), critic_steps=2)
     assert steps == (80 - OFTEN + 1) + (160 - OFTEN + 1)
+
+
+@pytest.mark.parametrize("options", [{"adversary": 1.0, "warmup": 0.5}, {"independence": 1.0}])
+def test_what_compositional_models_are_trained_with_is_recorded_too(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, float]
+) -> None:
+    model, _ = make("cpa", cells().schema)
+    objective = recipes.objective("cpa", model, cells(), **options)
+    steps = both_ways(monkeypatch, "cpa", objective=objective, critic_steps=1)
+    assert steps == (80 - OFTEN + 1) * (2 if objective.adversaries else 1)
 
 
 @pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"objective": ImportanceWeighted(3)}])

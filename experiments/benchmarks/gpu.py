@@ -98,7 +98,7 @@ class Bench:
 
 
 # ---------------------------------------------------------------------- cells
-def screen(cells: int, genes: int, sizes: Sizes, counts: bool = False) -> EnvironmentDataset:
+def screen(cells: int, genes: int, sizes: Sizes, counts: bool = False, proteins: int = 0) -> EnvironmentDataset:
     """Random cells of drugs with fingerprints; a few thousand different ones, so that they are soon made."""
     from anndata import AnnData
 
@@ -110,9 +110,14 @@ def screen(cells: int, genes: int, sizes: Sizes, counts: bool = False) -> Enviro
     bits = {f"drug {d}": (rng.random(sizes.bits) < 0.05).astype(np.float32) for d in range(sizes.drugs)}
     obs = pd.DataFrame({"drug": drug}, index=[f"cell {i}" for i in range(cells)])
     obs.iloc[0, 0] = "vehicle"
+    adata = AnnData(x, obs=obs)
+    if proteins:
+        names = [f"protein {p}" for p in range(proteins)]
+        adata.obsm["protein"] = pd.DataFrame(rng.poisson(5.0, (cells, proteins)), obs.index, names)
     return EnvironmentDataset.from_anndata(
-        AnnData(x, obs=obs), environment="drug", control="vehicle", representation=bits, counts=counts
-    )
+        adata, environment="drug", control="vehicle", representation=bits, counts=counts,
+        proteins="protein" if proteins else None,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- variants: seconds of a step
@@ -301,7 +306,7 @@ def agreement_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Loss and gradient of every model on the CPU and on the device, from the same parameters and noise."""
     sizes = bench.sizes
     for counts in (False, True):
-        cells = screen(min(512, sizes.cells), sizes.genes, sizes, counts)
+        cells = screen(min(512, sizes.cells), sizes.genes, sizes, counts, proteins=5)
         for name in recipes.RECIPES:
             model, guide = recipes.make(name, cells.schema, latent=min(20, sizes.latent))
             system = System(model, guide, Objective())

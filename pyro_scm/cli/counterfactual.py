@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pyro_scm.cli.inputs import labels
 from pyro_scm.cli.outputs import claim, remark, write_h5ad
-from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, natural, path, whole
+from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, covariate, natural, path, whole
 from pyro_scm.cli.runs import add_run_options, cells_for, load_run, only_best
 from pyro_scm.errors import listing
 
@@ -67,6 +67,14 @@ def add(verbs: Verbs) -> None:
     )
     question("--environment", metavar="ENV", help="put the cells into this environment")
     question(
+        "--covariate",
+        metavar="NAME=VALUE",
+        type=covariate,
+        action="append",
+        default=[],
+        help="give the cells another covariate, such as cell_type=B; may be given several times",
+    )
+    question(
         "--of",
         metavar="ENV,...",
         action="append",
@@ -98,8 +106,8 @@ def action(text: str) -> "tuple[str, Change]":
 
 def run(args: Namespace) -> None:
     """Ask and write."""
-    if not args.do and args.environment is None:
-        raise UsageError("say what is to be different: --do c_J=VALUE or --environment ENV")
+    if not args.do and args.environment is None and not args.covariate:
+        raise UsageError("say what is to be different: --do c_J=VALUE, --environment ENV or --covariate NAME=VALUE")
     twice = sorted({name for name, _ in args.do if [n for n, _ in args.do].count(name) > 1})
     if twice:
         raise UsageError(f"--do {twice[0]} is given twice: give it once")
@@ -119,6 +127,7 @@ def run(args: Namespace) -> None:
         cells,
         do=dict(args.do) or None,
         environment=where,
+        covariates=dict(args.covariate),
         draws=args.draws,
         seed=args.seed,
     )

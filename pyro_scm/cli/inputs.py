@@ -30,6 +30,9 @@ __all__ = [
 
 MEMORY = "data.json"
 
+MOLECULAR = ("morgan", "descriptors", "molecules")
+"""Representations of molecules, written with the obs column of their SMILES: ``morgan:COLUMN``."""
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -43,6 +46,7 @@ class DataOptions:
         time: obs column, h.
         cell_line: obs column.
         covariates: obs columns.
+        proteins: obsm key of surface-protein counts.
         counts: whether the values are counts; None to tell by looking.
         layer: to read instead of X.
         size: obs column of the library size.
@@ -58,6 +62,7 @@ class DataOptions:
     time: str | None = None
     cell_line: str | None = None
     covariates: tuple[str, ...] = ()
+    proteins: str | None = None
     counts: bool | None = None
     layer: str | None = None
     size: str | None = None
@@ -75,7 +80,8 @@ class DataOptions:
     @property
     def smiles(self) -> str | None:
         """The obs column of the molecules."""
-        columns = [part.partition(":")[2] for part in self.representation if part.startswith("morgan:")]
+        parts = [part.partition(":") for part in self.representation]
+        columns = [column for kind, _, column in parts if kind in MOLECULAR and column]
         return columns[0] if columns else None
 
     def changed(self, assignments: Sequence[tuple[str, Any]]) -> "DataOptions":
@@ -183,14 +189,17 @@ def add_data_options(parser: Parser) -> None:
         metavar="KINDS",
         type=names,
         help="what the model knows of an environment, several joined by commas: one-hot (its name only: nothing can be "
-        "said of unseen ones), multi-hot (parts of a combination A+B), morgan:SMILES_COLUMN (fingerprint of the drug's "
-        "structure), dose, time, cell_line, uns:KEY (a table in the file), table:FILE.csv (first column: environment "
-        "or perturbation name; the others: features) (default: one-hot)",
+        "said of unseen ones), multi-hot (parts of a combination A+B), multi-dose (their doses in uM), "
+        "morgan:SMILES_COLUMN (fingerprint of the drug's structure), descriptors:SMILES_COLUMN, "
+        "molecules:SMILES_COLUMN (both, and the dose, of each part of a combination), dose, time, cell_line, uns:KEY "
+        "(a table in the file), table:FILE.csv (first column: environment or perturbation name; the others: features) "
+        "(default: one-hot)",
     )
     add("--dose", metavar="COLUMN", help="obs column of the dose, in uM")
     add("--time", metavar="COLUMN", help="obs column of the time of treatment, in h")
     add("--cell-line", metavar="COLUMN", help="obs column of the cell line")
     add("--covariates", metavar="A,B", type=names, help="obs columns of batch, replicate, cell type, ...")
+    add("--proteins", metavar="KEY", help="obsm entry of surface-protein counts")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument(
         "--counts",
@@ -255,6 +264,7 @@ def read(file: Path, options: DataOptions, *, absent_controls: bool = False) -> 
                 cell_line=options.cell_line,
                 smiles=options.smiles,
                 covariates=options.covariates,
+                proteins=options.proteins,
                 layer=options.layer,
                 size=options.size,
                 counts=options.counts,
@@ -267,7 +277,7 @@ def read(file: Path, options: DataOptions, *, absent_controls: bool = False) -> 
 
 def _refuse_without_environment(options: DataOptions) -> None:
     """Columns have no meaning for a file that carries its own table of environments."""
-    columns = ("control", "dose", "time", "cell_line", "covariates", "layer", "size")
+    columns = ("control", "dose", "time", "cell_line", "covariates", "proteins", "layer", "size")
     given = [f"--{name.replace('_', '-')}" for name in columns if getattr(options, name)]
     if given:
         raise DataError(
@@ -316,8 +326,8 @@ def represent_parts(table: "pd.DataFrame", uns: Mapping[str, Any], options: Data
             given = _uns_table(uns, name)
         elif kind == "table":
             given = _csv_table(Path(name))
-        elif name and kind != "morgan":
-            raise DataError(f"{part!r}: only morgan, uns and table take something after the colon")
+        elif name and kind not in MOLECULAR:
+            raise DataError(f"{part!r}: only {', '.join(MOLECULAR)}, uns and table take something after the colon")
         elif options.environment is not None:
             _refuse_unnamed(kind, name, options)
         values, titles = represent(table, given, radius=options.radius, bits=options.bits, separator=options.separator)
@@ -331,8 +341,8 @@ def represent_parts(table: "pd.DataFrame", uns: Mapping[str, Any], options: Data
 
 def _refuse_unnamed(kind: str, name: str, options: DataOptions) -> None:
     """A representation by what no column is named for."""
-    if kind == "morgan" and not name:
-        raise DataError("morgan: which obs column holds the SMILES? Write morgan:COLUMN")
+    if kind in MOLECULAR and not name:
+        raise DataError(f"{kind}: which obs column holds the SMILES? Write {kind}:COLUMN")
     if kind in ("dose", "time", "cell_line") and getattr(options, kind) is None:
         raise DataError(f"{kind}: which obs column holds it? Add --{kind.replace('_', '-')} COLUMN")
 

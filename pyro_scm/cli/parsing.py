@@ -18,6 +18,7 @@ __all__ = [
     "add_general",
     "add_verb",
     "assignment",
+    "covariate",
     "matching",
     "names",
     "natural",
@@ -184,6 +185,14 @@ def assignment(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name.strip(), _value(value.strip())
+
+
+def covariate(text: str) -> tuple[str, str]:
+    """``NAME=VALUE``, both as they are written."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name.strip(), value.strip()
 
 
 def _value(text: str) -> Any:

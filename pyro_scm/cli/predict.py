@@ -3,9 +3,9 @@
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from pyro_scm.cli.inputs import DataOptions, Memory, represent_parts
+from pyro_scm.cli.inputs import MOLECULAR, DataOptions, Memory, represent_parts
 from pyro_scm.cli.outputs import claim, remark, write_h5ad
-from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, natural, path, whole
+from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, covariate, natural, path, whole
 from pyro_scm.cli.runs import add_run_options, load_run, place
 from pyro_scm.errors import listing
 
@@ -60,6 +60,15 @@ def add(verbs: Verbs) -> None:
     where("--dose", metavar="DOSE", help="dose, in uM; of a combination A+B in the form 1+0.5")
     where("--time", metavar="HOURS", type=float, help="time of treatment, in h")
     where("--cell-line", metavar="NAME", help="cell line, as the data call it")
+    where(
+        "--covariate",
+        metavar="NAME=VALUE",
+        type=covariate,
+        action="append",
+        default=[],
+        help="covariate of the cells, such as cell_type=B; needed of those whose effects the model has; may be given "
+        "several times",
+    )
     what = parser.add_argument_group("output").add_argument
     what("--cells", metavar="N", type=whole, default=500, help="cells to simulate, of each member")
     what("--mean", action="store_true", help="expected expression of each cell, without the noise of measurement")
@@ -78,7 +87,8 @@ def run(args: Namespace) -> None:
     where: Any = args.environment
     if args.environment not in known or any(value is not None for value in details):
         where = described(fitted, memory, args)
-    x = pyro_scm.predict(fitted, where, cells=args.cells, seed=args.seed, mean=args.mean)
+    covariates = dict(args.covariate)
+    x = pyro_scm.predict(fitted, where, covariates=covariates, cells=args.cells, seed=args.seed, mean=args.mean)
     write_h5ad(_as_anndata(x, fitted, args.environment), out)
     units = "counts" if fitted.schema.counts else "the data's units"
     remark(args, f"{out}: {len(fitted)} x {args.cells} cells x {x.shape[2]} genes in {args.environment!r}, in {units}")
@@ -88,8 +98,8 @@ def run(args: Namespace) -> None:
 
 
 READERS = {
-    "smiles": {"morgan"},
-    "dose": {"dose", "multi-hot"},
+    "smiles": set(MOLECULAR),
+    "dose": {"dose", "multi-hot", "multi-dose", "molecules"},
     "time": {"time"},
     "cell_line": {"cell_line"},
 }
@@ -111,7 +121,7 @@ def described(fitted: "Run", memory: Memory, args: Namespace) -> Any:
     table = fitted.environments.table
     names = zip(table.index, table["perturbation"], strict=True)
     like = table[[args.environment in (str(name), str(perturbation)) for name, perturbation in names]]
-    if not len(like) and args.smiles is None and not kinds & {"morgan", "multi-hot", "table"}:
+    if not len(like) and args.smiles is None and not kinds & {*MOLECULAR, "multi-hot", "multi-dose", "table"}:
         fitted.environments.index(args.environment)  # refuses it, with the nearest names
     if like["is_reference"].any():
         raise UsageError(

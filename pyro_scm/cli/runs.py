@@ -226,8 +226,8 @@ def _add_environments(
     run.environments = Environments(table, np.concatenate([before.representation, values]))
 
 
-_OPTIONAL = ("perturbation=", "cell_line=")
-"""Features that are 0 where a file does not have them: it only lacks these perturbations or cell lines."""
+_OPTIONAL = ("perturbation=", "dose=", "part ", "cell_line=")
+"""Features that are 0 where a file lacks them: it has no such perturbation or cell line, or fewer parts."""
 
 
 def place(run: "Run", labels: Sequence[str], values: Any, features: Sequence[str]) -> Any:

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pyro_scm.errors import DataError, listing
 
 __all__ = [
+    "bounded_descriptors",
     "canonical",
     "descriptors",
     "is_smiles",
@@ -238,6 +239,33 @@ def descriptors(smiles: Sequence[str], names: Sequence[str] | None = None) -> tu
     scaled = scaled[:, kept]
     scaled = (scaled - scaled.mean(axis=0)) / scaled.std(axis=0)
     return scaled.astype(np.float32), [column for column, keep in zip(columns, kept, strict=True) if keep]
+
+
+def bounded_descriptors(
+    smiles: Sequence[str], names: Sequence[str] | None = None
+) -> tuple[NDArray[np.float32], list[str]]:
+    """RDKit's 2-D descriptors, each as asinh(v) / 4 within -3 and 3, 0 where it is not finite.
+
+    A function of the molecule alone, unlike `descriptors`: a molecule that comes later, or from another data set, is
+    described by the same numbers.
+
+    Args:
+        smiles: n molecules; each distinct string is computed once.
+        names: n names of drugs, for messages.
+
+    Returns:
+        Table [n, k] and the k names of its columns, in RDKit's order.
+
+    Raises:
+        DataError: a string that is no molecule, or a wrong number of names.
+    """
+    from rdkit.Chem import Descriptors
+
+    columns = [name for name, _ in Descriptors.descList]
+    rows = _each(smiles, names, Descriptors.CalcMolDescriptors) if len(smiles) else []
+    values = np.array([[row[column] for column in columns] for row in rows], dtype=np.float64)
+    bounded = np.clip(np.arcsinh(np.nan_to_num(values, posinf=0, neginf=0)) / 4, -3, 3)
+    return bounded.reshape(len(rows), len(columns)).astype(np.float32), columns
 
 
 def tanimoto(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:

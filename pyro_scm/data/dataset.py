@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_scm.batch import Batch, Schema, Statistics
 from pyro_scm.data.checks import check_matrix, check_names, survey
-from pyro_scm.data.representations import Representation, represent
+from pyro_scm.data.representations import PARTS, Representation, represent
 from pyro_scm.data.stored import Matrix, StoredCells, StoredMatrix, Values, blocks
 from pyro_scm.errors import DataError, listing, nearest
 
@@ -48,7 +48,7 @@ class EnvironmentDataset:
         size: ``[N]`` library size; ones where x does not hold counts.
         covariates: name -> ``[N]`` int64 category.
         categories: name -> names of a covariate's categories.
-        y: ``[N, P]`` protein counts, or None.
+        y: ``[N, P]`` protein counts, NaN in cells without them, or None.
         proteins: names of the P proteins.
         origin: ``[N]`` rows of the data set that this one was split from; what tells two splits apart.
     """
@@ -90,6 +90,7 @@ class EnvironmentDataset:
         radius: int = 2,
         bits: int = 1024,
         separator: str = "+",
+        missing_smiles: str = "error",
     ) -> "EnvironmentDataset":
         """Read cells from an AnnData; an environment is a distinct (perturbation, dose, time, cell line).
 
@@ -106,11 +107,12 @@ class EnvironmentDataset:
             covariates: obs columns of cell covariates (batch, replicate, cell type).
             layer: layer to read instead of X.
             size: obs column of the library size; by default each cell's total count.
-            proteins: obsm key of surface-protein counts.
+            proteins: obsm key of surface-protein counts; rows of NaN where they were not measured.
             counts: True if x holds counts, False if it is continuous; None to tell by looking.
             radius: of Morgan fingerprints.
             bits: of Morgan fingerprints.
             separator: between the parts of a combination.
+            missing_smiles: ``"zero"`` describes drugs without SMILES by zeros; by default they are an error.
 
         Raises:
             DataError: a column, value or number that cannot be used; the message names it.
@@ -134,7 +136,9 @@ class EnvironmentDataset:
             adata.obs, environment, control, {k: v for k, v in columns.items() if v}, smiles, targets, separator
         )
         kind = "one-hot" if representation is None else representation
-        r, features = represent(table, kind, radius=radius, bits=bits, separator=separator)
+        r, features = represent(
+            table, kind, radius=radius, bits=bits, separator=separator, missing_smiles=missing_smiles
+        )
         codes, categories = _covariates(adata.obs, covariates)
         y, protein_names = _proteins(adata, proteins)
         return cls(
@@ -434,6 +438,7 @@ class EnvironmentDataset:
         from pyro_scm.data.chemistry import same_compound
 
         drugs = self.environments.dropna(subset=["smiles"]).drop_duplicates("perturbation")
+        drugs = drugs[~drugs["smiles"].astype(str).str.contains(PARTS, regex=False)]  # combinations
         return same_compound([str(s) for s in drugs["smiles"]], [str(p) for p in drugs["perturbation"]])
 
     def with_representation(self, kind: Representation, **options: Any) -> "EnvironmentDataset":
@@ -665,7 +670,10 @@ def _proteins(adata: "AnnData", key: str | None) -> tuple[NDArray[np.float32] | 
     named = isinstance(values, pd.DataFrame)
     names = list(values.columns) if named else [f"protein {i}" for i in range(values.shape[1])]
     dense = np.asarray(cast(Any, values).toarray() if sp.issparse(values) else values)
-    check_matrix(dense, adata.obs_names, pd.Index(names), counts=True, where=f"obsm {key!r}", all_zero=True)
+    measured = ~np.isnan(dense).all(1) if dense.dtype.kind == "f" else np.ones(len(dense), dtype=bool)
+    check_matrix(
+        dense[measured], adata.obs_names[measured], pd.Index(names), counts=True, where=f"obsm {key!r}", all_zero=True
+    )
     return dense.astype(np.float32), tuple(str(n) for n in names)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pyro_scm.batch import DOSE, PART
 from pyro_scm.errors import DataError, listing
 
 __all__ = ["Representation", "represent"]
@@ -14,11 +15,21 @@ __all__ = ["Representation", "represent"]
 Representation: TypeAlias = str | Sequence[str] | pd.DataFrame | NDArray[Any] | Mapping[str, NDArray[Any]]
 """What `represent` accepts: a kind, several kinds side by side, or the user's own rows."""
 
-KINDS = ("one-hot", "multi-hot", "morgan", "dose", "time", "cell_line")
+KINDS = (
+    "one-hot", "multi-hot", "multi-dose", "morgan", "descriptors", "molecules", "dose", "time", "cell_line",
+)  # fmt: skip
+MISSING = ("error", "zero")
+PARTS = ".."  # between the SMILES of a combination's parts, which no SMILES holds
 
 
 def represent(
-    table: pd.DataFrame, kind: Representation = "one-hot", *, radius: int = 2, bits: int = 1024, separator: str = "+"
+    table: pd.DataFrame,
+    kind: Representation = "one-hot",
+    *,
+    radius: int = 2,
+    bits: int = 1024,
+    separator: str = "+",
+    missing_smiles: str = "error",
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Representation r [E, F] of environments, with zeros for what a reference lacks (a perturbation, a molecule).
 
@@ -26,12 +37,16 @@ def represent(
         table: environment table of E rows with the columns perturbation, dose (uM), time (h), cell_line, smiles and
             is_reference.
         kind: ``"one-hot"`` (environment's perturbation), ``"multi-hot"`` (each part of a combination ``A+B``, times
-            log10(1 + dose) where doses are known), ``"morgan"`` (fingerprint of the SMILES), ``"dose"``
-            (log10(1 + uM)), ``"time"`` (h / 24), ``"cell_line"`` (one-hot), a list of these, or the user's own rows: an
-            array ``[E, F]``, or a DataFrame or mapping keyed by environment or perturbation name.
+            log10(1 + dose) where doses are known), ``"multi-dose"`` (the dose of each part in uM, 1 where it is not
+            known), ``"morgan"`` (fingerprint of the SMILES, a combination's as of a mixture), ``"descriptors"``
+            (RDKit's, see `chemistry.bounded_descriptors`), ``"molecules"`` (fingerprint, descriptors and log10(1 + uM)
+            of each part of a combination, whose SMILES are written ``A..B``), ``"dose"`` (log10(1 + uM)), ``"time"``
+            (h / 24), ``"cell_line"`` (one-hot), a list of these, or the user's own rows: an array ``[E, F]``, or a
+            DataFrame or mapping keyed by environment or perturbation name.
         radius: of the Morgan fingerprint.
         bits: of the Morgan fingerprint.
         separator: between the parts of a combination.
+        missing_smiles: ``"error"``, or ``"zero"`` for zeros in place of a molecule that is not known.
 
     Returns:
         r ``[E, F]`` and the F feature names.
@@ -39,8 +54,11 @@ def represent(
     Raises:
         DataError: an unknown kind, a missing column, or an environment without a row.
     """
+    if missing_smiles not in MISSING:
+        raise DataError(f"missing_smiles = {missing_smiles!r}: use one of {', '.join(MISSING)}")
+    chemical = {"radius": radius, "bits": bits, "missing": missing_smiles}
     if isinstance(kind, str):
-        return _kind(table, kind, radius, bits, separator)
+        return _kind(table, kind, separator, chemical)
     if isinstance(kind, pd.DataFrame):
         if not kind.index.is_unique:
             double = kind.index[kind.index.duplicated()].unique()
@@ -51,22 +69,24 @@ def represent(
         return _keyed(table, kind, None)
     if isinstance(kind, np.ndarray):
         return _array(table, kind)
-    parts = [_kind(table, str(k), radius, bits, separator) for k in kind]
+    parts = [_kind(table, str(k), separator, chemical) for k in kind]
     if not parts:
         raise DataError(f"no representation given: name at least one of {listing(KINDS)}")
     return np.concatenate([values for values, _ in parts], axis=1), [name for _, names in parts for name in names]
 
 
 def _kind(
-    table: pd.DataFrame, kind: str, radius: int, bits: int, separator: str
+    table: pd.DataFrame, kind: str, separator: str, chemical: Mapping[str, Any]
 ) -> tuple[NDArray[np.float32], list[str]]:
     perturbed = ~table["is_reference"].to_numpy(dtype=bool)
     if kind == "one-hot":
         return _one_hot(table["perturbation"].where(perturbed), "perturbation")
-    if kind == "multi-hot":
-        return _multi_hot(table, perturbed, separator)
-    if kind == "morgan":
-        return _morgan(table, perturbed, radius, bits)
+    if kind in ("multi-hot", "multi-dose"):
+        return _multi_hot(table, perturbed, separator, kind == "multi-dose")
+    if kind in ("morgan", "descriptors"):
+        return _molecular(table, perturbed, kind, **chemical)
+    if kind == "molecules":
+        return _molecules(table, perturbed, separator, **chemical)
     if kind == "dose":
         return _filled(np.log10(1 + np.where(perturbed, _single_doses(table), 0.0)), "log10(1 + dose)")
     if kind == "time":
@@ -109,17 +129,29 @@ def _filled(values: NDArray[np.float64], name: str) -> tuple[NDArray[np.float32]
 
 
 def _multi_hot(
-    table: pd.DataFrame, perturbed: NDArray[np.bool_], separator: str
+    table: pd.DataFrame, perturbed: NDArray[np.bool_], separator: str, linear: bool
 ) -> tuple[NDArray[np.float32], list[str]]:
-    split = [str(p).split(separator) if used else [] for p, used in zip(table["perturbation"], perturbed, strict=True)]
+    split, amounts = _parts(table, perturbed, separator)
     names = sorted({part for parts in split for part in parts})
     column = {name: i for i, name in enumerate(names)}
     values = np.zeros((len(table), len(names)), np.float32)
+    for row, parts, doses in zip(values, split, amounts, strict=True):
+        for part, dose in zip(parts, doses, strict=True):
+            row[column[part]] = 1.0 if np.isnan(dose) else dose if linear else np.log10(1 + dose)
+    return values, [(DOSE if linear else "perturbation=") + name for name in names]
+
+
+def _parts(
+    table: pd.DataFrame, perturbed: NDArray[np.bool_], separator: str
+) -> tuple[list[list[str]], list[list[float]]]:
+    """Names and doses of the parts of each environment's perturbation; none in a reference."""
+    split = [str(p).split(separator) if used else [] for p, used in zip(table["perturbation"], perturbed, strict=True)]
     doses = table["dose"] if "dose" in table else pd.Series(np.nan, table.index)
-    for i, (parts, dose, label) in enumerate(zip(split, doses, table.index, strict=True)):
-        for part, amount in zip(parts, _amounts(dose, len(parts), separator, str(label)), strict=True):
-            values[i, column[part]] = 1.0 if np.isnan(amount) else np.log10(1 + amount)
-    return values, [f"perturbation={n}" for n in names]
+    amounts = [
+        _amounts(dose, len(parts), separator, str(label)) if parts else []
+        for parts, dose, label in zip(split, doses, table.index, strict=True)
+    ]
+    return split, amounts
 
 
 def _amounts(dose: Any, parts: int, separator: str, label: str) -> list[float]:
@@ -133,23 +165,70 @@ def _amounts(dose: Any, parts: int, separator: str, label: str) -> list[float]:
     return given
 
 
-def _morgan(
-    table: pd.DataFrame, perturbed: NDArray[np.bool_], radius: int, bits: int
-) -> tuple[NDArray[np.float32], list[str]]:
-    from pyro_scm.data.chemistry import morgan
-
+def _known(
+    table: pd.DataFrame, perturbed: NDArray[np.bool_], missing: str
+) -> tuple["pd.Series[Any]", NDArray[np.bool_]]:
+    """SMILES, and which environments have one."""
     smiles = _column(table, "smiles")
-    missing = table.index[perturbed & smiles.isna().to_numpy()]
-    if len(missing):
+    lacking = perturbed & smiles.isna().to_numpy()
+    if lacking.any() and missing == "error":
         raise DataError(
-            f"no SMILES for {listing(missing)}: fill the SMILES column, drop these environments, or choose another "
-            "representation"
+            f"no SMILES for {listing(table.index[lacking])}: fill the SMILES column, drop these environments, choose "
+            "another representation, or take zeros for them (missing_smiles='zero')"
         )
-    values = np.zeros((len(table), bits), np.float32)
-    if perturbed.any():
-        names = [str(n) for n in table.index[perturbed]]
-        values[perturbed] = morgan([str(s) for s in smiles[perturbed]], radius=radius, bits=bits, names=names)
-    return values, [f"morgan{2 * radius}:{i}" for i in range(bits)]
+    return smiles, perturbed & ~lacking
+
+
+def _features(
+    smiles: Sequence[str], names: Sequence[str], kind: str, radius: int, bits: int
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Fingerprints or descriptors of molecules."""
+    from pyro_scm.data.chemistry import bounded_descriptors, morgan
+
+    if kind == "descriptors":
+        return bounded_descriptors(smiles, names)
+    titles = [f"morgan{2 * radius}:{i}" for i in range(bits)]
+    return morgan(smiles, radius=radius, bits=bits, names=names) if smiles else np.zeros((0, bits), np.float32), titles
+
+
+def _molecular(
+    table: pd.DataFrame, perturbed: NDArray[np.bool_], kind: str, radius: int, bits: int, missing: str
+) -> tuple[NDArray[np.float32], list[str]]:
+    smiles, known = _known(table, perturbed, missing)
+    names = [str(n) for n in table.index[known]]
+    mixtures = [str(s).replace(PARTS, ".") for s in smiles[known]]
+    rows, titles = _features(mixtures, names, kind, radius, bits)
+    values = np.zeros((len(table), len(titles)), np.float32)
+    values[known] = rows
+    return values, titles
+
+
+def _molecules(
+    table: pd.DataFrame, perturbed: NDArray[np.bool_], separator: str, radius: int, bits: int, missing: str
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Fingerprint, descriptors and dose of each part of a combination, one part after the other."""
+    smiles, known = _known(table, perturbed, missing)
+    split, amounts = _parts(table, perturbed, separator)
+    molecules = [str(s).split(PARTS) if used else [] for s, used in zip(smiles, known, strict=True)]
+    for label, own, parts in zip(table.index, molecules, split, strict=True):
+        if own and len(own) != len(parts):
+            raise DataError(
+                f"environment {str(label)!r} has {len(parts)} perturbations and {len(own)} SMILES: give one for each, "
+                f"with {PARTS!r} between them"
+            )
+    flat = [text for own in molecules for text in own]
+    labels = [str(label) for label, own in zip(table.index, molecules, strict=True) for _ in own]
+    both = [_features(flat, labels, kind, radius, bits) for kind in ("morgan", "descriptors")]
+    described = iter(np.concatenate([rows for rows, _ in both], axis=1))
+    titles = [*both[0][1], *both[1][1], "log10(1 + dose)"]
+    values = np.zeros((len(table), max(map(len, split), default=1), len(titles)), np.float32)
+    for row, own, doses in zip(values, molecules, amounts, strict=True):
+        for slot, dose in zip(row, doses, strict=False):
+            slot[-1] = 1.0 if np.isnan(dose) else np.log10(1 + dose)
+        for slot, _ in zip(row, own, strict=False):
+            slot[:-1] = next(described)
+    names = [f"{PART}{p + 1}: {title}" for p in range(values.shape[1]) for title in titles]
+    return values.reshape(len(table), -1), names
 
 
 def _array(table: pd.DataFrame, values: NDArray[Any]) -> tuple[NDArray[np.float32], list[str]]:

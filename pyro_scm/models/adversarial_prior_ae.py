@@ -6,9 +6,8 @@ from pyro_scm.attention import Attention, AttentivePrior
 from pyro_scm.batch import Schema
 from pyro_scm.errors import ModelError
 from pyro_scm.model import LatentModel
-from pyro_scm.models.building import decoder, recorded
+from pyro_scm.models.building import basal_prior, decoder, recorded
 from pyro_scm.nn import mlp
-from pyro_scm.priors import FlatPrior, StandardPrior
 
 
 @recorded
@@ -54,10 +53,8 @@ def adversarial_prior_ae(
     Raises:
         ModelError: an unknown prior, or a temperature that is not positive.
     """
-    laws = {"flat": FlatPrior, "standard": StandardPrior}
-    if prior not in laws:
-        raise ModelError(f"unknown prior {prior!r}: use 'flat' or 'standard'")
+    law = basal_prior(prior, latent)
     if not temperature > 0:
         raise ModelError(f"temperature {temperature} of the attention: give a positive number")
     attention = Attention(mlp(len(schema.features), environment_hidden, latent), temperature)
-    return LatentModel(AttentivePrior(laws[prior](latent), attention), decoder(schema, latent, hidden, likelihood))
+    return LatentModel(AttentivePrior(law, attention), decoder(schema, latent, hidden, likelihood))

@@ -10,15 +10,24 @@ from torch import nn
 from pyro_scm import graphs
 from pyro_scm.batch import Schema
 from pyro_scm.errors import ModelError
-from pyro_scm.likelihoods import Likelihood, likelihood_for
+from pyro_scm.likelihoods import Likelihood, likelihood_for, outputs_of
 from pyro_scm.masks import MaskedPrior, MaskedShift, OneOf, SpikeSlab
 from pyro_scm.model import LatentModel
-from pyro_scm.nn import Shortcut, mlp, reset_parameters
-from pyro_scm.priors import Dense, EnvironmentPrior, SparseSoftmax, Sparsifier, TopK
+from pyro_scm.nn import Scaled, Shortcut, mlp, reset_parameters
+from pyro_scm.priors import Dense, EnvironmentPrior, FlatPrior, SparseSoftmax, Sparsifier, StandardPrior, TopK
 from pyro_scm.scm import LatentSCM, LinearSCM, MechanismSCM, OrderFreeSCM
 from pyro_scm.shifts import EnvironmentShift
 
-__all__ = ["causal_layer", "decoder", "environment_prior", "environment_shift", "recorded", "sparsifier_for"]
+__all__ = [
+    "basal_prior",
+    "causal_layer",
+    "decoder",
+    "environment_prior",
+    "environment_shift",
+    "per_cell",
+    "recorded",
+    "sparsifier_for",
+]
 
 P = ParamSpec("P")
 
@@ -47,10 +56,28 @@ def decoder(
 ) -> Likelihood:
     """A likelihood with a fully connected decoder; linear where `hidden` is empty; see `nn.Shortcut`."""
     inputs = latent + (len(schema.features) if conditional else 0)
-    net: nn.Module = mlp(inputs, hidden, len(schema.genes))
+    outputs = outputs_of(schema, likelihood)
+    net: nn.Module = mlp(inputs, hidden, outputs)
     if shortcut and hidden:
-        net = Shortcut(net, inputs, len(schema.genes))
+        net = Shortcut(net, inputs, outputs)
     return likelihood_for(schema, net, conditional, likelihood)
+
+
+def per_cell(schema: Schema, likelihood: str | None) -> str | None:
+    """A kind of likelihood; Normal with a variance for each cell where none is given and the data are continuous."""
+    return likelihood or (None if schema.counts else "normal-per-cell")
+
+
+def basal_prior(kind: str, latent: int) -> StandardPrior:
+    """The prior of a basal state: ``"standard"``, N(0, I), or ``"flat"``.
+
+    Raises:
+        ModelError: an unknown kind.
+    """
+    laws = {"flat": FlatPrior, "standard": StandardPrior}
+    if kind not in laws:
+        raise ModelError(f"unknown prior {kind!r}: use 'flat' or 'standard'")
+    return laws[kind](latent)
 
 
 def sparsifier_for(kind: str, temperature: float, k: int) -> Sparsifier:
@@ -79,8 +106,20 @@ def _mask(kind: str, latent: int, temperature: float, k: int) -> OneOf | SpikeSl
     return None
 
 
+def _environment_network(schema: Schema, hidden: Sequence[int], outputs: int, rate: float) -> nn.Module:
+    net = mlp(len(schema.features), hidden, outputs)
+    return net if rate == 1.0 else Scaled(net, rate)
+
+
 def environment_prior(
-    schema: Schema, latent: int, hidden: Sequence[int], kind: str, temperature: float, k: int, scale: bool
+    schema: Schema,
+    latent: int,
+    hidden: Sequence[int],
+    kind: str,
+    temperature: float,
+    k: int,
+    scale: bool,
+    rate: float = 1.0,
 ) -> EnvironmentPrior | MaskedPrior:
     """p(z | e) with a network of r_e, sparse by a sparsifier or by a learnt mask (``"one-of"``, ``"spike-slab"``).
 
@@ -89,14 +128,20 @@ def environment_prior(
     """
     mask = _mask(kind, latent, temperature, k)
     if mask is None:
-        net = mlp(len(schema.features), hidden, 2 * latent)
+        net = _environment_network(schema, hidden, 2 * latent, rate)
         return EnvironmentPrior(net, latent, sparsifier_for(kind, temperature, k), scale)
-    net = mlp(len(schema.features), hidden, (3 if scale else 2) * latent)
+    net = _environment_network(schema, hidden, (3 if scale else 2) * latent, rate)
     return MaskedPrior(net, latent, mask, len(schema.environments), scale)
 
 
 def environment_shift(
-    schema: Schema, latent: int, hidden: Sequence[int], kind: str, temperature: float, k: int
+    schema: Schema,
+    latent: int,
+    hidden: Sequence[int],
+    kind: str,
+    temperature: float,
+    k: int,
+    rate: float = 1.0,
 ) -> EnvironmentShift | MaskedShift:
     """A shift with a network of r_e; kinds as of `environment_prior`.
 
@@ -105,8 +150,10 @@ def environment_shift(
     """
     mask = _mask(kind, latent, temperature, k)
     if mask is None:
-        return EnvironmentShift(mlp(len(schema.features), hidden, latent), sparsifier_for(kind, temperature, k))
-    return MaskedShift(mlp(len(schema.features), hidden, 2 * latent), latent, mask, len(schema.environments))
+        net = _environment_network(schema, hidden, latent, rate)
+        return EnvironmentShift(net, sparsifier_for(kind, temperature, k))
+    net = _environment_network(schema, hidden, 2 * latent, rate)
+    return MaskedShift(net, latent, mask, len(schema.environments))
 
 
 def causal_layer(

@@ -20,6 +20,7 @@ def environment_vae(
     scale: bool = True,
     likelihood: str | None = None,
     shortcut: bool = False,
+    effect_rate: float = 1.0,
 ) -> LatentModel:
     """z | e ~ N(mu_bar_e, diag sigma_bar_e^2);  c = z;  x | c ~ p(x | decoder(c));  guide q(z | x, r_e).
 
@@ -41,6 +42,8 @@ def environment_vae(
         scale: whether an environment also changes the scale of the noise.
         likelihood: see `likelihood_for`.
         shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
+        effect_rate: how many times as far the environments' effects move in a step of Adam as other outputs do. Effects
+            of several standard deviations otherwise lag behind a decoder that is quick to put up with small ones.
     """
-    prior = environment_prior(schema, latent, environment_hidden, sparsity, temperature, k, scale)
+    prior = environment_prior(schema, latent, environment_hidden, sparsity, temperature, k, scale, effect_rate)
     return LatentModel(prior, decoder(schema, latent, hidden, likelihood, shortcut=shortcut))

@@ -20,6 +20,7 @@ def translation_vae(
     k: int = 1,
     likelihood: str | None = None,
     shortcut: bool = False,
+    effect_rate: float = 1.0,
 ) -> LatentModel:
     """z ~ N(0, I);  c = z + mu_bar_e;  x | c ~ p(x | decoder(c));  guide q(z | x, r_e).
 
@@ -39,8 +40,10 @@ def translation_vae(
         k: latents that an environment may move: of top-k; of spike-slab the number expected a priori.
         likelihood: see `likelihood_for`.
         shortcut: whether the decoder adds a linear map to its network, which keeps the latents' order: see `unmix`.
+        effect_rate: how many times as far the environments' effects move in a step of Adam as other outputs do. Effects
+            of several standard deviations otherwise lag behind a decoder that is quick to put up with small ones.
     """
-    shift = environment_shift(schema, latent, environment_hidden, sparsity, temperature, k)
+    shift = environment_shift(schema, latent, environment_hidden, sparsity, temperature, k, effect_rate)
     return LatentModel(
         StandardPrior(latent), decoder(schema, latent, hidden, likelihood, shortcut=shortcut), shift=shift
     )

@@ -138,13 +138,19 @@ class Objective(ELBO):  # type: ignore[misc]
         kl_weight: beta of a beta-VAE; a warm-up schedule of `fit` multiplies it.
         penalties: name -> `Penalty`.
         particles: samples of the guide that the loss is averaged over.
+        site_weights: factors of the log-likelihoods of observed sites, where they are not 1.
     """
 
     def __init__(
-        self, *, kl_weight: float = 1.0, penalties: Mapping[str, Penalty] | None = None, particles: int = 1
+        self,
+        *,
+        kl_weight: float = 1.0,
+        penalties: Mapping[str, Penalty] | None = None,
+        particles: int = 1,
+        site_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(num_particles=particles)
-        self.kl_weight = kl_weight
+        self.kl_weight, self.site_weights = kl_weight, dict(site_weights or {})
         self.penalties = dict(penalties or {})
 
     @property
@@ -187,7 +193,8 @@ class Objective(ELBO):  # type: ignore[misc]
                 continue
             if site["is_observed"]:
                 log_prob = site["fn"].log_prob(site["value"])
-                reconstruction = reconstruction - scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+                own = scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+                reconstruction = reconstruction - self.site_weights.get(name, 1.0) * own
             elif name not in world.guide:
                 raise ModelError(f"the guide has no site {name!r}: it must sample every latent site of the model")
             else:

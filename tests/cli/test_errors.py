@@ -79,7 +79,7 @@ REPRESENTATIONS = {
     "VAE --representation morgan:smiles": "SIM: no obs column 'smiles'",
     "VAE --representation dose": "dose: which obs column holds it? Add --dose COLUMN",
     "VAE --representation cell_line": "cell_line: which obs column holds it? Add --cell-line COLUMN",
-    "VAE --representation dose:uM": "'dose:uM': only morgan, uns and table take something after the colon",
+    "VAE --representation dose:uM": "'dose:uM': only morgan, descriptors, molecules, uns and table take something",
     "VAE --representation uns:descriptors,uns:descriptors": "several features are called 'descriptor_0'",
 }
 RUNS = {

@@ -43,5 +43,15 @@ def test_refined_runs_report_their_loss(works: Works, folder: Path) -> None:
     assert load(folder / "r").settings.epochs == 2
 
 
+def test_options_are_the_librarys(works: Works, folder: Path) -> None:
+    words = ("--rank", "2", "--offset", "--scales", "--prior", "spike-slab", "--refine", "1")
+    printed = works("unmix", folder / "run", folder / "sim.h5ad", *words, "--out", folder / "options")
+    header, first, *_ = printed.splitlines()
+    assert "stable latents" in header
+    assert first.split()[3] == "2"  # rank
+    assert "penalties.effects.raw" in load(folder / "options").parameters
+    works("unmix", folder / "run", folder / "sim.h5ad", "--rank", "auto", "--out", folder / "auto")
+
+
 def test_a_run_is_not_replaced_by_its_own(fails: Callable[..., str], folder: Path) -> None:
     assert "this is the run itself" in fails("unmix", folder / "run", folder / "sim.h5ad", "--out", folder / "run")

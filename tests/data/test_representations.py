@@ -113,7 +113,7 @@ def test_a_missing_or_wrong_smiles_is_named() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(DataError, match="unknown representation 'onehot': use one of one-hot, multi-hot, morgan, dose"):
+    with pytest.raises(DataError, match="unknown representation 'onehot': use one of one-hot, multi-hot, multi-dose"):
         represent(table(), "onehot")
     with pytest.raises(DataError, match="no representation given: name at least one of 'one-hot'"):
         represent(table(), [])

@@ -89,7 +89,8 @@ def test_data_folder_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_teaches_with_help(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"experiments.{script}")
-    config = next(v for v in vars(module).values() if dataclasses.is_dataclass(v) and hasattr(v, "preset"))
+    own = (v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__)
+    config = next(v for v in own if dataclasses.is_dataclass(v) and hasattr(v, "preset"))
     with pytest.raises(SystemExit) as exit_:
         launch._parse(config, ["--help"])
     text = capsys.readouterr().out
@@ -101,7 +102,8 @@ def test_every_script_teaches_with_help(script: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("script", ["papalexi_thp1", "l1000_unseen_drugs"])
 def test_real_data_scripts_run_small(script: str, data_folder: Path, tmp_path: Path) -> None:
     module = importlib.import_module(f"experiments.{script}")
-    config = next(v for v in vars(module).values() if dataclasses.is_dataclass(v) and hasattr(v, "preset"))
+    own = (v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__)
+    config = next(v for v in own if dataclasses.is_dataclass(v) and hasattr(v, "preset"))
     assert launch.launch(module.__file__, config, module.main, ["--preset", "smoke", "--out", str(tmp_path)]) == 0
     (folder,) = (tmp_path / script).iterdir()
     scores = pd.read_csv(folder / "scores.csv")

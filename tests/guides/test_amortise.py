@@ -132,7 +132,7 @@ def test_an_unknown_family_is_refused() -> None:
 
 
 def test_unknown_inputs_and_conditioning_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"guide inputs \('x', 'dose'\): give 'x' and any of \['e', 'plate'\]"):
+    with pytest.raises(ModelError, match=r"guide inputs \('x', 'dose'\): give 'x' and any of \['e', 'plate', 'y'\]"):
         amortise(hierarchical(), cells(), inputs=("x", "dose"))
     with pytest.raises(ModelError, match="unknown conditioning 'hyper'"):
         amortise(hierarchical(), cells(), conditioning="hyper")
