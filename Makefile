@@ -19,7 +19,7 @@ lint: install    ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: install   ; $(BIN)/mypy
 # every figure at its quick size, two scripts at a time; those of real data where PYRO_SCM_DATA names its folder
 SIMULATED := two_latents five_latents densities hard_interventions counting_algorithm adversarial_prior irm_verdict \
-  ablation temporal next_environment recover_truth why_rotated unmixing_choices latent_graphs
+  ablation temporal next_environment recover_truth why_rotated unmixing_choices latent_graphs dose_curves
 REAL := l1000_explosion l1000_ceiling l1000_unseen_drugs papalexi_thp1 gene_programmes known_answers_crispr \
   known_answers_l1000 known_answers_pairs sachs
 experiments: install

@@ -16,17 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_scm import baselines, graphs, metrics, models, ordering
+    from pyro_scm.agreement import scatter
+    from pyro_scm.combinations import interactions
     from pyro_scm.composition import dosed
+    from pyro_scm.conditions import novelty
     from pyro_scm.contracts import check
     from pyro_scm.coordinates import InCausalVariables, in_noise
     from pyro_scm.data.dataset import EnvironmentDataset
+    from pyro_scm.data.leaks import leaks
     from pyro_scm.data.synthetic import simulate
+    from pyro_scm.dictionaries import dictionary
+    from pyro_scm.doses import dose_response
     from pyro_scm.evaluation import compare
+    from pyro_scm.hill import fit_hill
     from pyro_scm.infer import fit, grid
     from pyro_scm.model import LatentModel
     from pyro_scm.objectives import IRM, EffectSparsity, EffectSpikeSlab, ImportanceWeighted, Objective
     from pyro_scm.posterior import to_arviz
     from pyro_scm.pretraining import transfer
+    from pyro_scm.probing import disentanglement
     from pyro_scm.programmes import gene_programmes
     from pyro_scm.query import counterfactual, do, effect, embed, expose, noise, predict, sweep
     from pyro_scm.recipes import load
@@ -50,16 +58,22 @@ _PLACES = {
     "check": "contracts",
     "compare": "evaluation",
     "counterfactual": "query",
+    "dictionary": "dictionaries",
+    "disentanglement": "probing",
     "do": "query",
+    "dose_response": "doses",
     "dosed": "composition",
     "effect": "query",
     "embed": "query",
     "expose": "query",
     "fit": "infer",
+    "fit_hill": "hill",
     "gene_programmes": "programmes",
     "graphs": "",
     "grid": "infer",
     "in_noise": "coordinates",
+    "interactions": "combinations",
+    "leaks": "data.leaks",
     "learn_graph": "structure_search",
     "learn_latent_graph": "structure_search",
     "load": "recipes",
@@ -67,8 +81,10 @@ _PLACES = {
     "models": "",
     "ordering": "",
     "noise": "query",
+    "novelty": "conditions",
     "predict": "query",
     "refine": "unmixing",
+    "scatter": "agreement",
     "simulate": "data.synthetic",
     "stability": "unmixing",
     "sweep": "query",
@@ -93,25 +109,33 @@ __all__ = [
     "check",
     "compare",
     "counterfactual",
+    "dictionary",
+    "disentanglement",
     "do",
+    "dose_response",
     "dosed",
     "effect",
     "embed",
     "expose",
     "fit",
+    "fit_hill",
     "gene_programmes",
     "graphs",
     "grid",
     "in_noise",
+    "interactions",
+    "leaks",
     "learn_graph",
     "learn_latent_graph",
     "load",
     "metrics",
     "models",
     "noise",
+    "novelty",
     "ordering",
     "predict",
     "refine",
+    "scatter",
     "simulate",
     "stability",
     "sweep",

@@ -24,6 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pyro_scm.chance import forked
+from pyro_scm.composition import CompositionShift, CovariateShift, DosedShift, MoleculeShift, ShiftedPrior
 from pyro_scm.directions import CONTRASTS, Directions, sparse_directions
 from pyro_scm.effects import groups, shifts
 from pyro_scm.errors import DataError, ModelError
@@ -89,7 +90,8 @@ def unmix(
 
     Args:
         run: of a dense fit (``sparsity="dense"``, ``scale=False``) of an Environment or Translation VAE, structured or
-            not.
+            not, or of a compositional model with a Normal guide, whose vectors of perturbations and covariates turn
+            (CPA, chemCPA, scGen).
         cells: training cells, of which environments the basis is found and on which the guide's spread is fitted.
         rank: of the effects, see `sparse_directions`; ``"auto"``: the number of directions, at most that of the
             environments, in which effects are larger than the noise of the environments' means. The latents after the
@@ -340,14 +342,13 @@ def fold(run: Run, cells: "EnvironmentDataset", found: Sequence[Directions]) -> 
             value[:, rows] = turned
             put(name, value)
 
-    if isinstance(model.shift, LinearShift):
-        put("model.shift.effects", parameters["model.shift.effects"].double() @ m.mT)
-    else:
-        where = "shift" if model.shift is not None else "prior"
-        name = _exit(model.get_submodule(f"{where}.net"), f"model.{where}.net")
-        rows = slice(0, model.latent)
-        left(f"{name}.weight", rows)
-        left(f"{name}.bias", rows)
+    rows = slice(0, model.latent)
+    where = "shift" if model.shift is not None else "prior"
+    for name, last in _effect_parameters(getattr(model, where), f"model.{where}"):
+        if last:
+            put(name, torch.einsum("kij,k...j->k...i", m, parameters[name].double()))
+        else:
+            left(name, rows)
     back = _causal(run) @ torch.linalg.inv(m)  # z' -> c
     for i, likelihood in enumerate(model.likelihoods):
         for name in _entries(likelihood.net, f"model.likelihoods.{i}.net"):  # type: ignore[arg-type]
@@ -359,7 +360,6 @@ def fold(run: Run, cells: "EnvironmentDataset", found: Sequence[Directions]) -> 
     encoder = guide.get_submodule(f"local.{Z}")
     name = _exit(encoder, f"guide.local.{Z}")
     spread = _spread(run, cells, m, name)
-    rows = slice(0, model.latent)
     left(f"{name}.weight", rows)
     left(f"{name}.bias", rows)
     for suffix, value in spread.items():
@@ -387,14 +387,39 @@ def _check(model: nn.Module, guide: nn.Module) -> None:
             "into the decoder"
         )
     moves = mover(model)
-    dense = isinstance(moves, LinearShift) or (
-        isinstance(moves, EnvironmentPrior | EnvironmentShift) and isinstance(moves.sparsifier, Dense)
-    )
-    if not dense:
-        raise ModelError("unmix needs dense effects: fit the model with sparsity='dense' first")
     if isinstance(moves, EnvironmentPrior) and moves.scale:
         raise ModelError("unmix needs environments that move means alone: fit the model with scale=False first")
+    _effect_parameters(moves, "model")
     _encoder(guide)
+
+
+def _effect_parameters(part: nn.Module, prefix: str) -> list[tuple[str, bool]]:
+    """Parameters in which what a part adds to the latents is linear; whether latents are the last axis, or the first.
+
+    Raises:
+        ModelError: effects that are not dense, or of a part that is not known.
+    """
+
+    def layer(name: str) -> list[tuple[str, bool]]:
+        return [(f"{name}.weight", False), (f"{name}.bias", False)]
+
+    if isinstance(part, EnvironmentPrior | EnvironmentShift) and isinstance(part.sparsifier, Dense):
+        return layer(_exit(part.net, f"{prefix}.net"))
+    if isinstance(part, LinearShift):
+        return [(f"{prefix}.effects", True)]
+    if isinstance(part, DosedShift):
+        return [(f"{prefix}.directions", True)]
+    if isinstance(part, MoleculeShift):
+        return layer(f"{prefix}.direction")
+    if isinstance(part, CovariateShift):
+        own = [f"{prefix}.context"] if part.context is not None else []
+        return [(name, True) for name in own + [f"{prefix}.tables.{i}" for i in range(len(part.tables))]]
+    if isinstance(part, CompositionShift):
+        parts = (("effects", part.effects), ("covariates", part.covariates))
+        return [found for name, each in parts for found in _effect_parameters(each, f"{prefix}.{name}")]
+    if isinstance(part, ShiftedPrior):
+        return [(f"{prefix}.centre", True), *_effect_parameters(part.shift, f"{prefix}.shift")]
+    raise ModelError("unmix needs dense effects: fit the model with sparsity='dense' first")
 
 
 def _encoder(guide: nn.Module) -> Any:

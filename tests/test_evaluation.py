@@ -19,7 +19,7 @@ from scipy.stats import nbinom
 from torch import Tensor, nn
 
 from guides import amortise
-from pyro_scm import baselines, evaluation, metrics, query, recipes
+from pyro_scm import baselines, evaluation, mean_predictions, metrics, query, recipes
 from pyro_scm.batch import Batch
 from pyro_scm.data import splits, synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -28,6 +28,7 @@ from pyro_scm.distributions import NegativeBinomial
 from pyro_scm.errors import CheckpointError, DataError, ModelError
 from pyro_scm.evaluation import Comparison, compare, predict_means, recovery, score
 from pyro_scm.infer import fit
+from pyro_scm.mean_predictions import predict_cells
 from pyro_scm.model import LatentModel
 from pyro_scm.objectives import Objective
 from pyro_scm.priors import StandardPrior
@@ -96,7 +97,9 @@ def test_the_expected_logarithm_of_counts_is_their_sum(mean: float, dispersion: 
     counts = np.arange(30_000)
     exact = nbinom.pmf(counts, dispersion, dispersion / (dispersion + mean)) @ np.log1p(factor * counts)
     law = NegativeBinomial(torch.tensor([[math.log(mean)]]), torch.tensor([[math.log(dispersion)]]))
-    assert float(evaluation._expected_log1p(law, torch.tensor([[factor]]))) == pytest.approx(exact, rel=1e-4, abs=3e-6)
+    assert float(mean_predictions._expected_log1p(law, torch.tensor([[factor]]))) == pytest.approx(
+        exact, rel=1e-4, abs=3e-6
+    )
 
 
 @pytest.mark.parametrize("observation", ["gaussian", "negative-binomial"])
@@ -145,7 +148,7 @@ def test_a_law_of_counts_without_a_closed_form_is_drawn() -> None:
     rates = torch.tensor([1.0, 30.0]).expand(4000, 2)
     trace = SimpleNamespace(nodes={"x": {"fn": torch.distributions.Independent(torch.distributions.Poisson(rates), 1)}})
     size = torch.full((4000,), 50.0)
-    found = evaluation._log_expression(trace, size, 100.0).mean(0)
+    found = mean_predictions.log_expression(trace, size, 100.0).mean(0)
     counts = np.arange(200)
     law = nbinom.pmf(counts[:, None], 1e7, 1e7 / (1e7 + np.array([1.0, 30.0])))
     np.testing.assert_allclose(found, np.log1p(2.0 * counts) @ law, atol=0.02)
@@ -251,7 +254,14 @@ def test_scores_by_hand() -> None:
     assert found["delta_pearson_deg"] == pytest.approx(1)
     assert found["delta_r2_deg"] == pytest.approx(1 - 1 / 2)
     assert found["rmse_deg"] == pytest.approx(math.sqrt(1 / 2))
-    assert list(score(truth, prediction, control)) == ["delta_pearson", "delta_r2", "rmse"]
+    assert found["mae"] == pytest.approx(1 / 2)
+    # of the means themselves: 2, 0, 3, 1 (mean 3/2, squares 5) and 2, 1, 2, 1 (mean 3/2, squares 1)
+    assert found["r2"] == pytest.approx(1 - 2 / 5)
+    assert found["squared_pearson"] == pytest.approx(2**2 / 5)
+    assert found["deg_recall"] == pytest.approx((1 + 0) / 2)  # changes 1, 0, 1, 0: genes 0 and 2 are first
+    whole = ["delta_pearson", "delta_r2", "rmse", "mae", "r2", "squared_pearson"]
+    assert list(score(truth, prediction, control)) == whole
+    assert list(found) == [*whole, *(f"{name}_deg" for name in whole), "deg_recall"]
 
 
 def test_the_truth_scores_best_and_no_genes_score_nothing() -> None:
@@ -271,8 +281,11 @@ def test_a_task_scores_the_truth_best_and_swapped_labels_badly() -> None:
     change = asked.truth - asked.control
     table = pd.DataFrame(asked.scores(change), columns=["environment", "metric", "value"])
     means = table.groupby("metric")["value"].mean()
-    best = {"delta_pearson": 1, "delta_r2": 1, "rmse": 0}
-    assert means.to_dict() == pytest.approx({**best, **{f"{k}_deg": v for k, v in best.items()}, "rank": 0}, abs=1e-12)
+    best = {"delta_pearson": 1, "delta_r2": 1, "rmse": 0, "mae": 0, "r2": 1, "squared_pearson": 1}
+    best |= {f"{k}_deg": v for k, v in best.items()} | {"rank": 0, "discrimination": 1}
+    recall = means.pop("deg_recall")  # the genes were called on the other cells
+    assert means.to_dict() == pytest.approx(best, abs=1e-12)
+    assert 0.3 < recall <= 1  # by chance 4 of 20
     swapped = pd.DataFrame(asked.scores(np.roll(change, 1, axis=0)), columns=["environment", "metric", "value"])
     assert swapped[swapped["metric"] == "rank"]["value"].mean() > 0.3
     assert swapped[swapped["metric"] == "delta_pearson"]["value"].mean() < 0.5
@@ -473,6 +486,9 @@ def test_a_reference_of_one_cell_is_on_both_sides_and_says_so() -> None:
     assert comparison.summary()["delta_pearson_deg"].isna().all()
 
 
+WITHOUT_GENES = ["delta_pearson", "delta_r2", "rmse", "mae", "r2", "squared_pearson", "rank", "discrimination"]
+
+
 def test_without_scanpy_there_are_no_scores_of_differential_genes(monkeypatch: pytest.MonkeyPatch) -> None:
     found: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "scanpy" else found(name, *a))
@@ -480,14 +496,14 @@ def test_without_scanpy_there_are_no_scores_of_differential_genes(monkeypatch: p
     assert comparison.config["notes"] == [
         "no scores of differential genes: scanpy is not installed (pyro-scm[single-cell])"
     ]
-    assert comparison.scores["metric"].unique().tolist() == ["delta_pearson", "delta_r2", "rmse", "rank"]
+    assert comparison.scores["metric"].unique().tolist() == WITHOUT_GENES
     assert comparison.degs == {}
     assert comparison.config["degs"] == 0
 
 
 def test_differential_genes_are_left_out_on_demand() -> None:
     comparison = compare(few_cells(12, 12), [], degs=0)
-    assert comparison.scores["metric"].unique().tolist() == ["delta_pearson", "delta_r2", "rmse", "rank"]
+    assert comparison.scores["metric"].unique().tolist() == WITHOUT_GENES
     assert comparison.config["notes"] == []
 
 
@@ -560,7 +576,7 @@ def test_a_comparison_of_two_models_with_two_seeds(fitted: tuple[AnnData, splits
     assert comparison.runs["plain"].seeds == (0, 1)
     assert set(table[table["kind"] == "baseline"]["seed"]) == {-1}
     assert set(table[table["kind"] == "model"]["seed"]) == {0, 1}
-    environments, deltas = len(split.held_out), 7
+    environments, deltas = len(split.held_out), 2 * 6 + 3
     sizes = table.groupby("model").size()
     assert set(sizes[list(baselines.BASELINES)]) == {environments * deltas}
     assert set(sizes[["environment_vae", "plain"]]) == {2 * environments * (deltas + 3)}
@@ -777,6 +793,28 @@ def test_a_verdict_needs_a_defined_baseline_and_pairs() -> None:
 
 
 # ---------------------------------------------------------------------- figure and files
+def test_doses_of_one_perturbation_are_one_case() -> None:
+    level = np.arange(12.0)
+    comparison = made({("ridge", "delta_pearson"): [level / 20], ("m", "delta_pearson"): [level / 20 + 0.1]})
+    assert comparison.gate()["verdict"].tolist() == ["better than every simple baseline"]
+    doses = replace(comparison, config={"units": {f"e{i}": [f"drug {i // 3}"] for i in range(12)}})
+    row = doses.gate().iloc[0]
+    assert (row["environments"], row["units"], row["verdict"]) == (12, 4, "too few environments")
+
+
+def test_units_and_leaks_are_told() -> None:
+    cells = few_cells(12, 12)
+    comparison = compare(cells, [], degs=0)
+    assert set(comparison.config["units"]) == set(comparison.config["environments"])
+    assert comparison.config["leaks"] == []
+    seen = replace(cells, train=splits.by_row(few_cells(12, 12).train, 0.1).train)
+    again = compare(seen, [], degs=0, protocol="perturbation")
+    assert again.config["leaks"] == []
+    leaky = replace(cells, validation=cells.test)
+    told = compare(leaky, [], degs=0).config["notes"]
+    assert any(note.startswith("leak (cell): ") and "among the validation cells" in note for note in told)
+
+
 def test_the_figure_shows_seeds_and_baselines_first() -> None:
     comparison = made(
         {
@@ -815,7 +853,12 @@ def test_a_comparison_is_saved_whole(tmp_path: Path, fitted: tuple[AnnData, spli
     _, _, comparison = fitted
     folder = comparison.save(tmp_path / "new" / "folder")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"scores.csv", "summary.csv", "verdict.csv", "degs.json", "config.json", "figure.png"}
+    assert names == {
+        "scores.csv", "summary.csv", "verdict.csv", "gate.csv", "differences.csv", "degs.json", "config.json",
+        "figure.png",
+    }  # fmt: skip
+    gate = pd.read_csv(folder / "gate.csv", float_precision="round_trip", keep_default_na=False)
+    assert gate["verdict"].tolist() == comparison.gate()["verdict"].tolist()
     read = pd.read_csv(folder / "scores.csv", float_precision="round_trip")
     pd.testing.assert_frame_equal(read, comparison.scores)
     summary = pd.read_csv(folder / "summary.csv", index_col="model", float_precision="round_trip")
@@ -945,3 +988,39 @@ def test_references_measured_apart_are_scored_against_and_all_others_trained_on(
         compare(split, [], baselines=["no_change"], references=apart)
     with pytest.raises(DataError, match="references has no reference cells"):
         compare(kept, [], baselines=["no_change"], references=cells.of("env_3"))
+
+
+# ---------------------------------------------------------------------- distributions of cells
+def test_the_true_model_s_cells_are_those_of_the_environment() -> None:
+    adata, cells = screen(cells=600, interventions=("shift",), strength=6.0)
+    own = cells.subset(cells.env == 0)
+    run = run_of(synthetic.truth(adata), Exact(adata.X, adata.obsm["z"]), cells)
+    for environment in ("env_2", "env_4"):
+        found = predict_cells(run, own, environment, cells=600)[0]
+        seen = np.asarray(cells.of(environment).x, np.float64)
+        assert found.shape == seen.shape
+        distance = metrics.energy_distance(seen, found, unbiased=True)
+        assert abs(distance) < 0.05 * metrics.energy_distance(seen, np.asarray(own.x), unbiased=True)
+        assert metrics.variance_r2(seen, found) > 0.8
+    np.testing.assert_array_equal(
+        predict_cells(run, own, "env_2", cells=50, seed=3), predict_cells(run, own, "env_2", cells=50, seed=3)
+    )
+
+
+def test_distributions_are_scored_on_demand(fitted: tuple[AnnData, splits.Split, Comparison]) -> None:
+    _, split, comparison = fitted
+    table = evaluation.evaluate(comparison.runs, split, degs=0, cells=20, distances=True).scores
+    names = {"energy_distance", "mmd", "variance_r2"}
+    assert names <= set(table["metric"])
+    assert not names & set(comparison.scores["metric"])
+    asked = evaluation._task(split, 0, 0)
+    name = asked.environments[0]
+    control = mean_predictions.reference_cells(asked.train, name, cells=20)
+    true = np.asarray(asked.held_out.of(name).x, np.float64)
+    own = table[(table["model"] == "no_change") & (table["environment"] == name)].set_index("metric")["value"]
+    assert own["energy_distance"] == pytest.approx(metrics.energy_distance(true, control, unbiased=True))
+    assert own["variance_r2"] == pytest.approx(metrics.variance_r2(true, control))
+    drawn = predict_cells(comparison.runs["plain"], asked.train, name, cells=20)
+    own = table[(table["model"] == "plain") & (table["environment"] == name) & (table["seed"] == 1)]
+    value = own.set_index("metric")["value"]["mmd"]
+    assert value == pytest.approx(metrics.mmd(true, drawn[1], [metrics.median_bandwidth(true)], unbiased=True))

@@ -30,6 +30,7 @@ LAYERS = (
     "data.representations data.l1000 data.stored",
     "data.dataset",
     "data.splits data.single_cell data.synthetic",
+    "data.leaks",
     # named models and what is minimised
     "models.building",
     "models.ae models.vae models.conditional_vae models.environment_vae models.translation_vae"
@@ -51,20 +52,21 @@ LAYERS = (
     "metrics.arguments",
     "metrics.prediction metrics.rotation",
     "metrics.distances metrics.recovery",
-    "metrics.graph metrics.uncertainty metrics.probe",
+    "metrics.graph metrics.uncertainty metrics.probe metrics.intervals",
     "metrics",
-    "infer query baselines",
-    "posterior contracts report programmes identify unmixing",
-    "structure_search",
+    "infer query baselines gate hill conditions",
+    "comparison mean_predictions posterior contracts report programmes identify unmixing dictionaries",
+    "structure_search latent_recovery probing",
     # models with their guides: from here on `guides` is known
     "recipes",
     "evaluation pretraining",
-    "demo tuning",
+    "demo tuning doses combinations agreement",
     # the command line
     "cli.parsing cli.outputs",
-    "cli.inputs cli.models cli.data cli.demo cli.simulate",
+    "cli.pictures cli.inputs cli.models cli.data cli.demo cli.simulate",
     "cli.runs",
-    "cli.fit cli.predict cli.counterfactual cli.embed cli.identify cli.unmix",
+    "cli.fit cli.predict cli.counterfactual cli.embed cli.identify cli.unmix"
+    " cli.dictionary cli.dose_response cli.interactions cli.scatter",
     "cli.compare",
     "cli.evaluate cli.tune",
     "cli",

@@ -1,15 +1,19 @@
 """`unmix`: sparse coordinates of a dense fit, and that nothing but the coordinates changes."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ortho_group
 
 import pyro_scm as ps
 from guides import amortise
+from pyro_scm import recipes
 from pyro_scm.data import synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
+from pyro_scm.directions import Directions
 from pyro_scm.effects import shifts
 from pyro_scm.errors import DataError, ModelError
 from pyro_scm.evaluation import predict_means, recovery
@@ -20,7 +24,8 @@ from pyro_scm.objectives.sparsity import EffectSpikeSlab
 from pyro_scm.priors import StandardPrior
 from pyro_scm.run import Run
 from pyro_scm.shifts import LinearShift
-from pyro_scm.unmixing import directions, refine, spreads, stability, unmix
+from pyro_scm.unmixing import directions, fold, refine, spreads, stability, unmix
+from tests import compositions
 
 Array = np.ndarray
 
@@ -104,6 +109,37 @@ def test_a_rotated_run_predicts_what_it_predicted(cells: EnvironmentDataset) -> 
     old, new = (predict_means(r, cells, ["env_03"]) for r in (run, unmix(run, cells, oblique=None)))
     assert np.allclose(old, new, atol=2e-3)
     assert np.abs(old).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "representation", "options"),
+    [
+        ("cpa", "multi-dose", {"doser": "log-sigmoid", "covariates": ("cell_type",)}),
+        ("chemcpa", "molecules", {"covariates": ("cell_type",)}),
+        ("scgen", "multi-dose", {}),
+    ],
+)
+def test_compositions_turn_with_their_covariates(name: str, representation: str, options: dict[str, Any]) -> None:
+    own = compositions.cells(representation)
+    model, guide = recipes.make(name, own.schema, latent=3, hidden=(8,), guide_hidden=(8,), **options)
+    run = ps.fit(model, guide, own, epochs=8, lr=1e-2, progress=False)
+    basis = ortho_group.rvs(3, random_state=np.random.default_rng(0))
+    effects_of = shifts(run).loc[0].to_numpy()
+    turned = fold(run, own, [Directions(basis, 0.0, np.zeros(1), effects_of @ basis.T, 3, np.zeros(3))])
+    assert np.allclose(shifts(turned).loc[0], effects_of @ basis.T, atol=1e-5)
+    rows = torch.arange(0, len(own), 7)
+    before, after = (r.member(0) for r in (run, turned))
+    with torch.no_grad():
+        batch = own.batch(rows)
+        old, new = (g.local["z"](batch).base_dist.loc for _, g in (before, after))
+        assert torch.allclose(new, old @ torch.as_tensor(basis.T, dtype=old.dtype), atol=1e-4)
+        means = []
+        for (m, _), z in ((before, old), (after, new)):
+            _, shift, _ = m.parts(batch)
+            means.append(m.likelihoods[0].mean(m.scm(z + shift), batch))
+        assert torch.allclose(*means, atol=1e-3)
+        assert means[0].std() > 0.1
+    assert np.isfinite(unmix(run, own, rank=2).losses[0])
 
 
 def test_latents_come_out_and_stay(cells: EnvironmentDataset) -> None:

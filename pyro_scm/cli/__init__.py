@@ -14,13 +14,17 @@ from pyro_scm.cli.compare import add as add_compare
 from pyro_scm.cli.counterfactual import add as add_counterfactual
 from pyro_scm.cli.data import add as add_data
 from pyro_scm.cli.demo import add as add_demo
+from pyro_scm.cli.dictionary import add as add_dictionary
+from pyro_scm.cli.dose_response import add as add_dose_response
 from pyro_scm.cli.embed import add as add_embed
 from pyro_scm.cli.evaluate import add as add_evaluate
 from pyro_scm.cli.fit import add as add_fit
 from pyro_scm.cli.identify import add as add_identify
+from pyro_scm.cli.interactions import add as add_interactions
 from pyro_scm.cli.models import add as add_models
 from pyro_scm.cli.parsing import Formatter, Parser, ShowVersion, add_general
 from pyro_scm.cli.predict import add as add_predict
+from pyro_scm.cli.scatter import add as add_scatter
 from pyro_scm.cli.simulate import add as add_simulate
 from pyro_scm.cli.tune import add as add_tune
 from pyro_scm.cli.unmix import add as add_unmix
@@ -54,6 +58,10 @@ VERBS = (
     add_predict,
     add_counterfactual,
     add_embed,
+    add_dictionary,
+    add_dose_response,
+    add_interactions,
+    add_scatter,
     add_unmix,
     add_identify,
     add_compare,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyro_scm.data.splits import Split
     from pyro_scm.evaluation import Comparison
 
-__all__ = ["add", "show"]
+__all__ = ["add", "add_claim_options", "show"]
 
 DESCRIPTION = """\
 Fit several models on the same cells and score what they say of environments that none of them has seen, beside simple
@@ -39,8 +39,11 @@ baselines that any model should beat.
 Scored is the change from control, averaged over cells: delta_pearson (correlation over genes, best 1), delta_r2 (share
 of the change explained, best 1, below 0 is worse than predicting no change), rmse (in the data's units, log-normalised
 where these are counts, best 0); *_deg over the most differential genes; rank (best 0, chance 0.5). Each is a mean over
-held-out environments; ± is the standard deviation over seeds. DIR receives scores.csv (each environment and seed),
-summary.csv, verdict.csv (each model against the best baseline), config.json, figure.png, and each model's run in a
+held-out environments; ± is the standard deviation over seeds. A model wins only if it is better than every simple
+baseline in delta_pearson, in pairs over environments and allowing for the number of models, and worse than the best of
+them neither in rmse nor in rank. The split is searched for what leaks into the scores (--protocol). DIR receives
+scores.csv (each environment and seed), summary.csv, gate.csv (one verdict a model), differences.csv (each model against
+each baseline), verdict.csv (each metric against its best baseline), config.json, figure.png, and each model's run in a
 folder of its own, for the other verbs.
 """
 
@@ -52,7 +55,7 @@ EXAMPLES = """\
 --representation uns:descriptors --hold-out-fraction 0.3 --seeds 2 --epochs 30 --out compared
 """
 
-SHOWN = ("delta_pearson", "delta_r2", "rmse", "delta_pearson_deg", "rank", "nll")
+SHOWN = ("delta_pearson", "delta_r2", "rmse", "delta_pearson_deg", "rank", "nll", "energy_distance")
 
 
 def add(verbs: Verbs) -> None:
@@ -88,8 +91,8 @@ def add(verbs: Verbs) -> None:
         metavar="A,B,...",
         type=names,
         required=True,
-        help="models as `pyro-scm models` lists them or FILE.py:FUNCTION, and baselines: no_change, training_mean, "
-        "additive, ridge, nearest, or baselines for all five",
+        help="models as `pyro-scm models` lists them or FILE.py:FUNCTION; the simple baselines (no_change, "
+        "training_mean, additive, ridge, nearest) are always scored too, and alone with --models baselines",
     )
     model("--latent", metavar="D", type=whole, help="number of latent causal variables (default: each model's own, 20)")
     model(
@@ -113,10 +116,27 @@ def add(verbs: Verbs) -> None:
         default=50,
         help="differential genes of each environment for the *_deg scores; 0 for none",
     )
+    add_claim_options(split)
     add_training_options(parser)
     parser.add_argument_group("output").add_argument(
         "--out", metavar="DIR", type=path, required=True, help="folder for tables, figure and runs"
     )
+
+
+def add_claim_options(group: Any) -> None:
+    """What the scores are said to show, which the split is searched for leaks by, and what more is scored."""
+    group.add_argument(
+        "--protocol",
+        choices=("environment", "perturbation", "scaffold", "combination", "cell_line", "dose"),
+        help="what is said to be unseen; leaks that contradict it are named (default: what is held out: perturbation, "
+        "or environment where other doses or times of one are in training)",
+    )
+    group.add_argument(
+        "--distances",
+        action="store_true",
+        help="draw cells too and score their distribution: energy_distance, mmd, variance_r2",
+    )
+    group.add_argument("--plate", metavar="COLUMN", help="obs column of plates or batches that are said to be unseen")
 
 
 def run(args: Namespace) -> None:
@@ -126,7 +146,7 @@ def run(args: Namespace) -> None:
     from pyro_scm.evaluation import compare
 
     options = DataOptions.given(args)
-    models, baselines = chosen(args)
+    models, _ = chosen(args)
     adata, cells = read(args.data, options)
     cells = represented(args.data, adata, cells, options)
     split = _split(args, cells)
@@ -139,8 +159,10 @@ def run(args: Namespace) -> None:
     comparison = compare(
         split,
         models,
-        baselines=baselines,
         degs=args.degs,
+        protocol=args.protocol,
+        plate=args.plate,
+        distances=args.distances,
         device=args.device,
         progress=False if args.quiet else None,
         **settings,
@@ -158,7 +180,7 @@ def run(args: Namespace) -> None:
 
 
 def chosen(args: Namespace) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Models with their options, and baselines.
+    """Models with their options, and the baselines that were named.
 
     Raises:
         UsageError: an option that no model has.
@@ -210,17 +232,32 @@ def _split(args: Namespace, cells: "EnvironmentDataset") -> "Split":
 
 
 def show(comparison: "Comparison", args: Namespace) -> None:
-    """Print the scores, and how the models stand to the best baseline."""
+    """Print the scores, the paired differences from every baseline, and one verdict a model."""
+    from pyro_scm.gate import sentence
+
     print(comparison.brief(SHOWN).to_string())
-    for note in comparison.config.get("notes", ()):
+    notes = comparison.config.get("notes", ())
+    for note in notes:
         remark(args, f"note: {note}")
-    verdict = comparison.verdict()
-    told = verdict[verdict["metric"].isin(SHOWN[:2]) & (verdict["environments"] > 0)]
-    for row in told.to_dict("records"):
-        low, high = row["lower"], row["upper"]
-        interval = f" [{low:+.3f}, {high:+.3f}]" if low == low else ""  # NaN where there is one environment
-        remark(
-            args,
-            f"{row['model']} against {row['baseline']}, {row['metric']}: {row['difference']:+.3f}{interval} over "
-            f"{row['environments']} environments: {row['verdict']}",
-        )
+    if not any(str(note).startswith("leak") for note in notes):
+        remark(args, f"no leaks found: {comparison.config.get('protocol', 'cell')}s are unseen".replace("_", " "))
+    pairs = comparison.differences()
+    if pairs.empty:
+        return
+    remark(args, f"\n{pairs['metric'].iloc[0]}, model - baseline, in pairs [95 % interval, of all models at once]:")
+    cells = pairs.assign(text=[_shown(row) for row in pairs.to_dict("records")])
+    grid = cells.pivot(index="baseline", columns="model", values="text")
+    grid = grid.loc[pairs["baseline"].unique(), pairs["model"].unique()].rename_axis(None).rename_axis(None, axis=1)
+    remark(args, grid.to_string())
+    for row in comparison.gate().to_dict("records"):
+        remark(args, sentence({str(name): value for name, value in row.items()}))
+
+
+def _shown(row: dict[Any, Any]) -> str:
+    """A difference and its interval."""
+    if not row["units"]:
+        return "–"
+    low, high = row["lower"], row["upper"]
+    return f"{row['difference']:+.3f}" + (
+        f" [{low:+.3f}, {high:+.3f}]" if low == low else ""
+    )  # NaN for one environment

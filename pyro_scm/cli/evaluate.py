@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from pyro_scm.cli.compare import show
+from pyro_scm.cli.compare import add_claim_options, show
 from pyro_scm.cli.inputs import environments, labels
 from pyro_scm.cli.outputs import claim, remark, write_csv
 from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, natural, path
@@ -19,7 +19,9 @@ The environments are those that the run held out, or those named. Scored is the 
 cells: delta_pearson (correlation over genes, best 1), delta_r2 (share of the change explained, best 1, below 0 is worse
 than predicting no change), rmse (in the data's units, log-normalised where these are counts, best 0); *_deg over the
 most differential genes; rank (best 0, chance 0.5); nll (nats per cell, lower is better). Each is a mean over the
-environments; ± is the standard deviation over the members of the ensemble. Half of the control cells are kept for
+environments; ± is the standard deviation over the members of the ensemble. The run wins only if it is better than every
+simple baseline in delta_pearson, in pairs over environments, and worse than the best of them neither in rmse nor in
+rank. What is held out is searched for what leaks into the scores (--protocol). Half of the control cells are kept for
 scoring; the run has seen them in its training, which `pyro-scm compare` avoids.
 """
 
@@ -57,6 +59,7 @@ def add(verbs: Verbs) -> None:
         default=50,
         help="differential genes of each environment for the *_deg scores; 0 for none",
     )
+    add_claim_options(parser)
     parser.add_argument(
         "--out", metavar="FILE.csv", type=path, help="file for the scores of each environment and member"
     )
@@ -75,7 +78,14 @@ def run(args: Namespace) -> None:
         raise UsageError(f"{args.folder}: this run held nothing out: name environments to score with --hold-out ENV")
     try:
         split = splits.by_environment(cells, held_out=environments(cells, asked))
-        comparison = evaluation.evaluate({Path(memory.model or "run").name: fitted}, split, degs=args.degs)
+        comparison = evaluation.evaluate(
+            {Path(memory.model or "run").name: fitted},
+            split,
+            degs=args.degs,
+            protocol=args.protocol,
+            plate=args.plate,
+            distances=args.distances,
+        )
     except DataError as error:
         raise DataError(f"{args.data}: {error}") from error
     if out is not None:

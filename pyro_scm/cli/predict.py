@@ -21,7 +21,9 @@ Simulate cells as they would be measured in an environment: one that was trained
 dose that nobody has measured.
 
 Every member of the ensemble simulates its own cells (obs 'member', 'seed'; 'best' marks the one with the lowest loss):
-where the members disagree, the data do not say. Expression is in the data's units; counts are drawn at the training
+where the members disagree, the data do not say. How far the environment is from those that the run was fitted to is in
+obs 'nearest_training', 'distance' and 'warning', and is said: unseen parts of a combination, a dose outside the range,
+a molecule unlike all others. Expression is in the data's units; counts are drawn at the training
 cells' median library size. For a drug that is not in the data give its structure with --smiles: the run must have been
 fitted with a representation that contains morgan:SMILES_COLUMN.
 """
@@ -80,6 +82,7 @@ def run(args: Namespace) -> None:
     """Predict and write."""
     out = claim(args.out, ".h5ad")
     import pyro_scm
+    from pyro_scm.conditions import novelty
 
     fitted, memory = load_run(args.folder, args.model)
     known = {str(name) for name in fitted.environments.table.index}
@@ -89,12 +92,24 @@ def run(args: Namespace) -> None:
         where = described(fitted, memory, args)
     covariates = dict(args.covariate)
     x = pyro_scm.predict(fitted, where, covariates=covariates, cells=args.cells, seed=args.seed, mean=args.mean)
-    write_h5ad(_as_anndata(x, fitted, args.environment), out)
+    new = novelty(fitted, where if isinstance(where, str) else {args.environment: where}).iloc[0]
+    adata = _as_anndata(x, fitted, args.environment)
+    adata.obs["nearest_training"], adata.obs["distance"] = str(new["nearest"]), float(new["distance"])
+    adata.obs["warning"] = str(new["warning"])
+    write_h5ad(adata, out)
     units = "counts" if fitted.schema.counts else "the data's units"
     remark(args, f"{out}: {len(fitted)} x {args.cells} cells x {x.shape[2]} genes in {args.environment!r}, in {units}")
     if isinstance(where, str):
         trained = bool(fitted.environments.table["trained"].iloc[fitted.environments.index(where)])
         remark(args, "the run was fitted to cells of this environment" if trained else "the run has not seen it")
+    if not new["trained"]:
+        remark(
+            args,
+            f"nearest training condition: {new['nearest']!r}, at distance {new['distance']:.2g} (training conditions "
+            f"are usually within {new['usual']:.2g} of each other)",
+        )
+    if new["warning"]:
+        remark(args, f"warning: {new['warning']}")
 
 
 READERS = {

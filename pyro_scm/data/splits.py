@@ -38,6 +38,8 @@ class Split:
             Given to the same function as `held_out`, they make the same test cells again.
         promises: kinds of `leaks` that these parts must not have.
         combination: covariate of `by_combination`.
+        protocol: what is unseen, and `data.leaks.leaks` takes the scores to show: ``"cell"``, ``"environment"``,
+            ``"perturbation"``, ``"scaffold"``, ``"dose"``, ``"combination"`` or ``"cell_line"``.
     """
 
     train: EnvironmentDataset
@@ -46,6 +48,7 @@ class Split:
     held_out: tuple[Any, ...] = ()
     promises: tuple[str, ...] = ("cell",)
     combination: str | None = None
+    protocol: str = "cell"
 
 
 # ---------------------------------------------------------------------- the splits
@@ -90,6 +93,7 @@ def by_environment(
         held_out=_names(cells, tested),
         promises=("cell", "reference", "environment", "compound", "representation")
         + (("perturbation",) if whole else ()),
+        protocol="perturbation" if whole or _whole(cells, tested) else "environment",
     )
 
 
@@ -128,6 +132,7 @@ def by_group(
         np.isin(unit, validation)[cells.env],
         held_out=_names(cells, np.flatnonzero(np.isin(unit, test))),
         promises=("cell", "reference", "environment", "perturbation", "compound", "representation"),
+        protocol="scaffold" if groups == "scaffold" else "perturbation",
     )
 
 
@@ -168,6 +173,7 @@ def by_dose(
         np.isin(cells.env, validated),
         held_out=_names(cells, np.sort(tested)),
         promises=("cell", "reference", "environment", "representation"),
+        protocol="dose",
     )
 
 
@@ -231,6 +237,7 @@ def by_combination(
         held_out=tuple(sorted(test)),
         promises=("cell", "reference", "combination"),
         combination=covariate,
+        protocol="combination",
     )
 
 
@@ -284,6 +291,9 @@ def leaks(
     kinds: Collection[str] = KINDS,
 ) -> pd.DataFrame:
     """What two sets of cells have in common, one row for each held-out environment and kind of leak.
+
+    `data.leaks.leaks` searches a whole split for what contradicts the claim made with it, plates, scaffolds and scoring
+    included.
 
     Kinds:
 
@@ -343,7 +353,7 @@ Finding: TypeAlias = Iterable[tuple[str, str]]
 
 
 def _cell_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, _: str | None) -> Finding:
-    here, there = _origin(held_out), _origin(train)
+    here, there = origins(held_out), origins(train)
     rows = np.flatnonzero(np.isin(here, there)).tolist()
     cell = dict(zip(there.tolist(), train.obs.index, strict=True)) if rows else {}
     names, shared = _environment_names(held_out), dict[str, list[str]]()
@@ -353,7 +363,8 @@ def _cell_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, _: str 
     return [(e, f"{len(found)} cells are in both ({listing(found, 3)})") for e, found in shared.items()]
 
 
-def _origin(cells: EnvironmentDataset) -> NDArray[np.int64]:
+def origins(cells: EnvironmentDataset) -> NDArray[np.int64]:
+    """Row of each cell in the data set that these cells were split from."""
     return np.arange(len(cells)) if cells.origin is None else cells.origin
 
 
@@ -402,7 +413,7 @@ def _perturbation_keys(cells: EnvironmentDataset) -> Keys:
     return [None if reference else tuple(sorted(str(name).split("+"))) for name, reference in names]
 
 
-def _compound_keys(cells: EnvironmentDataset) -> Keys:
+def compound_keys(cells: EnvironmentDataset) -> Keys:
     """Parent of each environment's molecule; None where there is none, and for a mixture that is a combination."""
     table = cells.environments
     columns = zip(table["perturbation"], table["smiles"], cells.reference, strict=True)
@@ -432,7 +443,7 @@ def _perturbation_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset,
 
 
 def _compound_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, _: str | None) -> Finding:
-    return _key_leaks(train, held_out, _compound_keys, "the compound, or a salt of it, of", _perturbation_names)
+    return _key_leaks(train, held_out, compound_keys, "the compound, or a salt of it, of", _perturbation_names)
 
 
 def _representation_leaks(train: EnvironmentDataset, held_out: EnvironmentDataset, _: str | None) -> Finding:
@@ -466,7 +477,7 @@ def _units(cells: EnvironmentDataset, extra: Keys) -> NDArray[np.int64]:
 
     Two environments are in one unit if they share a perturbation, compound, representation or value of `extra`.
     """
-    columns = [_perturbation_keys(cells), _compound_keys(cells), _representation_keys(cells), extra]
+    columns = [_perturbation_keys(cells), compound_keys(cells), _representation_keys(cells), extra]
     unit = np.arange(len(cells.environments))
     free = np.isin(unit, cells.present) & ~cells.reference
     for column in columns:
@@ -565,10 +576,10 @@ def _held_doses(values: NDArray[np.float64], doses: str | Sequence[float]) -> ND
 def _pairs(cells: EnvironmentDataset, covariate: str) -> list[tuple[str, str]]:
     """(perturbation, category) of each cell."""
     perturbation = cells.environments["perturbation"].astype(str).to_numpy()[cells.env]
-    return list(zip(perturbation.tolist(), _categories(cells, covariate), strict=True))
+    return list(zip(perturbation.tolist(), categories(cells, covariate), strict=True))
 
 
-def _categories(cells: EnvironmentDataset, covariate: str) -> list[str]:
+def categories(cells: EnvironmentDataset, covariate: str) -> list[str]:
     """Category of each cell."""
     if covariate in cells.covariates:
         names = cells.categories[covariate]
@@ -717,6 +728,13 @@ def _environments(cells: EnvironmentDataset, names: Sequence[str]) -> NDArray[np
     if not len(every):
         raise DataError("held_out names no environment: give names, or None to draw some")
     return every
+
+
+def _whole(cells: EnvironmentDataset, environments: NDArray[np.int64]) -> bool:
+    """Whether these are all environments with cells of their perturbations."""
+    names = cells.environments["perturbation"].astype(str).to_numpy()
+    others = np.setdiff1d(cells.present, environments)
+    return not np.isin(names[others], names[environments]).any()
 
 
 def _names(cells: EnvironmentDataset, environments: NDArray[np.int64]) -> tuple[str, ...]:

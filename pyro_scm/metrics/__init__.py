@@ -4,8 +4,8 @@
 - `distances`: sets of cells: energy distance, maximum mean discrepancy, variances, marginals.
 - `recovery`: latents, targets and effects of environments: matching, regressions, DCI, changed latents.
 - `graph`: adjacency matrices: structural Hamming distance, edges, order. `rotation`: decoders of two latents.
-- `probe`: how well the environment can be read off latents, by a trained classifier on held-out cells.
-- `uncertainty`: bootstrap intervals over conditions or seeds.
+- `probe`: how well environments or covariates can be read off latents, by a trained classifier on held-out cells.
+- `uncertainty`: bootstrap intervals over conditions or seeds. `intervals`: coverage of predicted intervals.
 
 Conventions that hold for every function here:
 
@@ -24,9 +24,11 @@ differentially expressed genes and a rank metric.
 
 from pyro_scm.metrics.distances import energy_distance, gene_wasserstein, median_bandwidth, mmd, variance_r2
 from pyro_scm.metrics.graph import ancestral_violations, edge_scores, shd
+from pyro_scm.metrics.intervals import Calibration, calibration, coverage, interval_score
 from pyro_scm.metrics.prediction import (
     cosine,
     degs_overlap,
+    degs_recall,
     delta_pearson,
     delta_r2,
     discrimination,
@@ -37,8 +39,9 @@ from pyro_scm.metrics.prediction import (
     r2,
     rmse,
     squared_pearson,
+    top_recall,
 )
-from pyro_scm.metrics.probe import Probe, environment_probe
+from pyro_scm.metrics.probe import Probe, environment_probe, probes
 from pyro_scm.metrics.recovery import (
     DCI,
     Detection,
@@ -57,6 +60,7 @@ from pyro_scm.metrics.uncertainty import Interval, bootstrap_interval, paired_di
 __all__ = [
     "DCI",
     "Angle",
+    "Calibration",
     "Detection",
     "Interval",
     "Matching",
@@ -64,10 +68,13 @@ __all__ = [
     "ancestral_violations",
     "angle_to_axis",
     "bootstrap_interval",
+    "calibration",
     "changed_latents",
     "cosine",
+    "coverage",
     "dci",
     "degs_overlap",
+    "degs_recall",
     "delta_pearson",
     "delta_r2",
     "discrimination",
@@ -76,6 +83,7 @@ __all__ = [
     "energy_distance",
     "environment_probe",
     "gene_wasserstein",
+    "interval_score",
     "linear_r2",
     "mae",
     "mcc",
@@ -87,11 +95,13 @@ __all__ = [
     "pearson",
     "permuted_r2",
     "perturbation_rank",
+    "probes",
     "r2",
     "rmse",
     "row_cosine_distances",
     "shd",
     "squared_pearson",
     "target_scores",
+    "top_recall",
     "variance_r2",
 ]

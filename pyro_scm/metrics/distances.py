@@ -76,7 +76,8 @@ def energy_distance(truth: ArrayLike, prediction: ArrayLike, *, unbiased: bool =
         The distance; NaN for the unbiased form with a single cell in either set.
 
     Source: Székely and Rizzo, J. Stat. Plan. Inference 2013; Peidli et al., scPerturb, Nat. Methods 2024 (whose
-    E-distance uses *squared* Euclidean distances in some releases).
+    E-distance uses *squared* Euclidean distances in some releases). The plain form is cell-eval's ``edistance`` of two
+    sets of cells, and pertpy's ``edistance`` with its Euclidean cell-wise metric.
     """
     return _energy(*_cells(truth, prediction), np.sqrt, unbiased)
 

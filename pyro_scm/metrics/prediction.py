@@ -1,13 +1,13 @@
 """Scores of predicted means: one condition over its genes, ranks over conditions, overlap of DEGs."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
 from pyro_scm.errors import DataError, listing
-from pyro_scm.metrics.arguments import FloatArray, IntArray, matched, one_of
+from pyro_scm.metrics.arguments import BoolArray, FloatArray, IntArray, finite, matched, one_of
 
 ROUNDING = 64 * np.finfo(np.float64).eps
 """A vector whose range is below this share of its largest value is constant up to rounding."""
@@ -245,7 +245,8 @@ def discrimination(
         truth_deltas: True changes from control, conditions by genes, shape [K, G].
         predicted_deltas: Predicted changes in the same order, shape [K, G].
         target_genes: Position of the gene that each condition targets, shape [K], -1 where it targets none or it is not
-            measured; that gene is left out of all distances of that condition, because its own change is trivial.
+            measured; or a mask of its targets, shape [K, G]. They are left out of all distances of that condition,
+            because their own change is trivial.
 
     Returns:
         The score of each condition, shape [K].
@@ -255,20 +256,27 @@ def discrimination(
     true, predicted = matched(truth_deltas, predicted_deltas, ("truths", "predictions"), 2)
     distances = cdist(predicted, true, "cityblock")
     if target_genes is not None:
-        targets = np.asarray(target_genes)
-        if targets.shape != (len(true),) or not np.issubdtype(targets.dtype, np.integer):
-            raise DataError(
-                f"target_genes has shape {targets.shape} and type {targets.dtype}: expected "
-                f"{len(true)} gene positions, one for each condition, -1 for none"
-            )
-        if targets.min(initial=0) < -1 or targets.max(initial=-1) >= true.shape[1]:
-            raise DataError(
-                f"target_genes runs from {targets.min()} to {targets.max()}: expected -1 to {true.shape[1] - 1}"
-            )
-        rows = np.flatnonzero(targets >= 0)
-        own = predicted[rows, targets[rows]]
-        distances[rows] -= np.abs(own[:, None] - true[:, targets[rows]].T)
+        excluded = _excluded(np.asarray(target_genes), true.shape)
+        for row in np.flatnonzero(excluded.any(axis=1)):
+            genes = excluded[row]
+            distances[row] -= np.abs(predicted[row, genes] - true[:, genes]).sum(axis=1)
+            distances[row] = np.maximum(distances[row], 0.0)  # rounding can leave -1e-16
     return 1.0 - _closer_than_own(distances) / len(true)
+
+
+def _excluded(targets: NDArray[Any], shape: tuple[int, ...]) -> BoolArray:
+    """Mask [K, G] of each condition's target genes."""
+    if targets.dtype == np.bool_ and targets.shape == shape:
+        return targets
+    if targets.shape != shape[:1] or not np.issubdtype(targets.dtype, np.integer):
+        raise DataError(
+            f"target_genes has shape {targets.shape} and type {targets.dtype}: expected "
+            f"{shape[0]} gene positions, one for each condition, -1 for none, or a mask of shape {shape}"
+        )
+    if targets.min(initial=0) < -1 or targets.max(initial=-1) >= shape[1]:
+        raise DataError(f"target_genes runs from {targets.min()} to {targets.max()}: expected -1 to {shape[1] - 1}")
+    mask: BoolArray = np.arange(shape[1]) == targets[:, None]
+    return mask
 
 
 def degs_overlap(true_ranked: ArrayLike, predicted_ranked: ArrayLike, n: int | None = None) -> float:
@@ -289,10 +297,60 @@ def degs_overlap(true_ranked: ArrayLike, predicted_ranked: ArrayLike, n: int | N
     """
     if n is not None and n < 1:
         raise DataError(f"n is {n}: expected 1 or more genes, or None for all true DEGs")
-    true, predicted = np.asarray(true_ranked).ravel().tolist(), np.asarray(predicted_ranked).ravel().tolist()
-    for name, ranked in (("true_ranked", true), ("predicted_ranked", predicted)):
-        if len(set(ranked)) != len(ranked):
-            repeated = sorted({gene for gene in ranked if ranked.count(gene) > 1})
-            raise DataError(f"{name} lists {listing(repeated)} more than once: expected each gene once")
+    true, predicted = _once(true_ranked, "true_ranked"), _once(predicted_ranked, "predicted_ranked")
     length = len(true) if n is None else min(n, len(true))
     return len(set(true[:length]) & set(predicted[:length])) / length if length else 0.0
+
+
+def degs_recall(true_degs: ArrayLike, predicted_degs: ArrayLike) -> float:
+    """|true DEGs that are predicted to be DEGs| / |true DEGs|, in any order.
+
+    Range [0, 1], higher is better. A model that calls every gene scores 1: report how many it calls, or `degs_overlap`
+    or `top_recall`, which give it no more places than there are true DEGs.
+
+    Args:
+        true_degs: Identifiers of the true DEGs (names or positions), each once.
+        predicted_degs: Identifiers of the predicted DEGs, each once.
+
+    Returns:
+        The recall; NaN without any true DEG (cell-eval leaves such conditions out).
+
+    Source: cell-eval 0.8 (Arc Institute) ``de_sig_genes_recall``.
+    """
+    true, predicted = _once(true_degs, "true_degs"), _once(predicted_degs, "predicted_degs")
+    return len(set(true) & set(predicted)) / len(true) if true else float("nan")
+
+
+def top_recall(true_degs: ArrayLike, predicted_delta: ArrayLike) -> float:
+    """|true DEGs among the N genes of largest |predicted change|| / N, with N the number of true DEGs.
+
+    Range [0, 1], higher is better; N / G is the value of a random ranking, and of the prediction of no change, because
+    genes that tie for the last places share them.
+
+    Args:
+        true_degs: Positions of the true DEGs, shape [N], each once.
+        predicted_delta: Predicted change from control, shape [G].
+
+    Returns:
+        The recall; NaN without any true DEG.
+
+    Source: recall of the top DEGs as in Wu et al., PerturBench, arXiv:2408.10609, for predictions without replicates,
+    of which there is no test and no significance.
+    """
+    size = np.abs(finite(predicted_delta, "predicted_delta", 1))
+    degs = _gene_index(_once(true_degs, "true_degs"), size.size)
+    if not degs.size:
+        return float("nan")
+    last = np.partition(size, size.size - degs.size)[size.size - degs.size]
+    above, tied = size > last, size == last
+    share = (degs.size - above.sum()) / tied.sum()
+    return float((above[degs].sum() + share * tied[degs].sum()) / degs.size)
+
+
+def _once(genes: ArrayLike, name: str) -> list[Any]:
+    """Identifiers of genes, none of them twice."""
+    listed: list[Any] = np.asarray(genes).ravel().tolist()
+    if len(set(listed)) != len(listed):
+        repeated = sorted({gene for gene in listed if listed.count(gene) > 1})
+        raise DataError(f"{name} lists {listing(repeated)} more than once: expected each gene once")
+    return listed

@@ -1,5 +1,6 @@
-"""A trained probe: how well the environment of held-out cells can be read off their latents."""
+"""A trained probe: how well environments or covariates of held-out cells can be read off their latents."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -7,6 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyro_scm.errors import DataError, listing
 from pyro_scm.metrics.arguments import FloatArray, IntArray, finite, one_of
+
+LEARNT = 0.95
+"""Balanced accuracy on leaked labels above which a probe is trusted to find what there is."""
 
 
 class Probe(NamedTuple):
@@ -23,6 +27,13 @@ class Probe(NamedTuple):
     """Largest of the permuted accuracies."""
     p_value: float
     """Share of permutations that do as well, (1 + count) / (1 + permutations)."""
+    leaked: float
+    """Accuracy of the same probe on the same cells where the label itself is among the latents (one-hot)."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether the probe finds a leaked label (above 0.95): if not, an accuracy near chance shows nothing."""
+        return self.leaked > LEARNT
 
 
 def environment_probe(
@@ -38,18 +49,19 @@ def environment_probe(
 
     Lower is better for latents that should be free of the environment (a basal state, a counterfactual code), higher
     for latents that should show it. Environments weigh alike in training and score, whatever their number of cells. A
-    linear probe at chance does not show independence: a network may find what it missed.
+    linear probe at chance does not show independence: a network may find what it missed. That the probe can learn on
+    these cells is shown by a positive control, `Probe.leaked`: with too few cells for so many latents it does not.
 
     Args:
         z: Latents of cells, shape [n, d].
-        environment: Environment of each cell, names or numbers, shape [n]; each with 2 cells or more.
+        environment: Environment of each cell, or its category of a covariate, shape [n]; each with 2 cells or more.
         kind: ``"linear"`` (logistic regression) or ``"network"`` (one hidden layer of 64).
         test: Share of each environment's cells that are held out, in (0, 1).
         permutations: Number of trainings with permuted environments, 1 or more.
         seed: Of the split, the permutations and the network.
 
     Returns:
-        Accuracy, level of chance, its upper end and a p-value.
+        Accuracy, level of chance, its upper end, a p-value, and the accuracy on leaked labels.
 
     Raises:
         DataError: arguments of other shapes, one environment only, or an environment of one cell.
@@ -72,12 +84,56 @@ def environment_probe(
     rng = np.random.default_rng(seed)
     accuracy = _score(latents, labels, kind, test, rng)
     permuted = np.array([_score(latents, rng.permutation(labels), kind, test, rng) for _ in range(permutations)])
+    leaked = np.concatenate([latents, np.eye(len(names))[labels]], axis=1)
     return Probe(
         accuracy=accuracy,
         chance=float(permuted.mean()),
         upper=float(permuted.max()),
         p_value=float((1 + np.sum(permuted >= accuracy)) / (1 + permutations)),
+        leaked=_score(leaked, labels, kind, test, rng),
     )
+
+
+def probes(
+    z: ArrayLike,
+    labels: Mapping[str, ArrayLike],
+    *,
+    kind: Literal["linear", "network"] = "linear",
+    test: float = 0.3,
+    permutations: int = 20,
+    seed: int,
+) -> dict[str, Probe]:
+    """`environment_probe` of several labels of the same cells: environments, cell lines, batches.
+
+    Lower is better for latents that should be free of a label. A label of which all cells have the same value is left
+    out, for there is nothing to read.
+
+    Args:
+        z: Latents of cells, shape [n, d].
+        labels: Name -> value of each cell, shape [n]; values of a single cell are left out with their cell.
+        kind: see `environment_probe`.
+        test: see `environment_probe`.
+        permutations: see `environment_probe`.
+        seed: see `environment_probe`.
+
+    Returns:
+        Probe of each label that has two values or more with two cells or more.
+
+    Raises:
+        DataError: see `environment_probe`.
+    """
+    latents, found = finite(z, "z", 2), {}
+    for name, values in labels.items():
+        label = np.asarray(values).astype(str)
+        if label.shape != latents.shape[:1]:
+            raise DataError(f"z has shape {latents.shape} and {name} {label.shape}: expected (n, d) and (n,)")
+        _, place, counts = np.unique(label, return_inverse=True, return_counts=True)
+        kept = counts[place] >= 2
+        if len(np.unique(label[kept])) >= 2:
+            found[name] = environment_probe(
+                latents[kept], label[kept], kind=kind, test=test, permutations=permutations, seed=seed
+            )
+    return found
 
 
 def _score(z: FloatArray, labels: IntArray, kind: str, test: float, rng: np.random.Generator) -> float:

@@ -1,12 +1,13 @@
 """Uncertainty of scores over conditions or seeds: bootstrap intervals, alone and of paired differences."""
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pyro_scm.errors import DataError
-from pyro_scm.metrics.arguments import finite, matched, one_of
+from pyro_scm.metrics.arguments import IntArray, finite, matched, one_of
 from pyro_scm.metrics.distances import BLOCK_ENTRIES
 
 
@@ -54,14 +55,25 @@ def bootstrap_interval(
     estimate = float(summary(sample))
     if sample.size == 1:
         return Interval(estimate, float("nan"), float("nan"), 1)
-    generator = np.random.default_rng(seed)
-    rows = max(1, BLOCK_ENTRIES // sample.size)
-    blocks = (min(rows, draws - done) for done in range(0, draws, rows))
-    resampled = np.concatenate(
-        [summary(sample[generator.integers(0, sample.size, size=(n, sample.size))], axis=1) for n in blocks]
-    )
+    if draws * sample.size <= BLOCK_ENTRIES:
+        resampled = summary(sample[_rows(sample.size, draws, seed)], axis=1)
+    else:
+        generator = np.random.default_rng(seed)
+        rows = max(1, BLOCK_ENTRIES // sample.size)
+        blocks = (min(rows, draws - done) for done in range(0, draws, rows))
+        resampled = np.concatenate(
+            [summary(sample[generator.integers(0, sample.size, size=(n, sample.size))], axis=1) for n in blocks]
+        )
     lower, upper = np.quantile(resampled, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Interval(estimate, float(lower), float(upper), sample.size)
+
+
+@lru_cache(maxsize=4)
+def _rows(size: int, draws: int, seed: int) -> IntArray:
+    """Resampled rows, kept because a table asks for the same ones again and again."""
+    rows: IntArray = np.random.default_rng(seed).integers(0, size, size=(draws, size))
+    rows.flags.writeable = False
+    return rows
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95, draws: int = 2000, seed: int) -> Interval:

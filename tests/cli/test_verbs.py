@@ -233,21 +233,24 @@ def test_evaluate_scores_baselines_and_members(works: Works, run: Path, screen: 
     for model, rows in own[own["metric"] == "delta_r2"].groupby("model"):
         line = next(line for line in text.splitlines() if line.startswith(str(model)))
         assert f"{rows.groupby('seed')['value'].mean().median():.3f}" in line
-    assert "environment_vae against" in text
-    assert "too few environments" in text
+    assert "environment_vae: too few environments (delta_pearson, against" in text
+    pairs = text[text.index("delta_pearson, model - baseline") :].splitlines()[2:7]
+    assert [line.split()[0] for line in pairs] == ["no_change", "training_mean", "additive", "ridge", "nearest"]
+    assert "leak (reference): 'environment_vae' was fitted to" in text
+    assert "no leaks found: perturbations are unseen" not in text
     assert text.endswith(f"scores saved in {tmp_path / 'scores.csv'}\n")
 
 
 def test_evaluate_finds_what_compare_found(works: Works, screen: Path, tmp_path: Path) -> None:
     """A model that `compare` fitted, saved and scored has the same scores when it is loaded and evaluated."""
-    words = ["compare", screen, "--models", "translation_vae,ridge,no_change", *FIT, *SMALL, "--degs", "3"]
+    words = ["compare", screen, "--models", "translation_vae", *FIT, *SMALL, "--degs", "3"]
     text = works(*words, "--hold-out", "env_2,env_5", "--out", tmp_path)
     assert "2 environments: env_2, env_5" in text
-    assert {line.split()[0] for line in text.splitlines() if line.startswith(("ridge", "no_change"))} == {
-        "ridge",
-        "no_change",
-    }
-    works("evaluate", tmp_path / "translation_vae", screen, "--degs", "3", "--out", tmp_path / "again.csv")
+    assert "no leaks found: perturbations are unseen" in text
+    names = {"no_change", "training_mean", "additive", "ridge", "nearest"}
+    assert names <= {line.split()[0] for line in text.splitlines() if line}  # always, without being asked for
+    again = works("evaluate", tmp_path / "translation_vae", screen, "--degs", "3", "--out", tmp_path / "again.csv")
+    assert "leak" not in again.replace("no leaks found", "")  # it has not seen the controls that are scored against
     before, after = pd.read_csv(tmp_path / "scores.csv"), pd.read_csv(tmp_path / "again.csv")
     after = after[after["model"].isin(before["model"])].reset_index(drop=True)
     order = ["kind", "model", "seed", "environment", "metric"]
@@ -256,8 +259,20 @@ def test_evaluate_finds_what_compare_found(works: Works, screen: Path, tmp_path:
 
 
 def test_evaluate_notes_environments_of_the_training(works: Works, run: Path, screen: Path) -> None:
-    text = works("evaluate", run, screen, "--hold-out", "env_1", "--degs", "0")
+    text = works("evaluate", run, screen, "--hold-out", "env_1", "--degs", "0", "--distances")
+    assert "energy_distance" in text
     assert "note: the run was fitted to cells of 'env_1'" in text
+
+
+def test_what_leaks_is_noted(works: Works, run: Path, screen: Path, tmp_path: Path) -> None:
+    text = works("evaluate", run, screen, "--degs", "0", "--protocol", "environment", "--plate", "perturbation")
+    assert "leak (plate)" not in text
+    some = anndata.read_h5ad(screen)
+    some.obs["plate"] = "P1"
+    some.write_h5ad(tmp_path / "plates.h5ad")
+    text = works("evaluate", run, tmp_path / "plates.h5ad", "--degs", "0", "--plate", "plate")
+    assert "note: leak (plate): 'P1': " in text
+    assert "hold out whole plates" in text
 
 
 def test_few_cells_are_noted(works: Works, drug_run: Path, drug_screen: Path, tmp_path: Path) -> None:
@@ -271,10 +286,11 @@ def test_few_cells_are_noted(works: Works, drug_run: Path, drug_screen: Path, tm
 
 def test_one_environment_has_no_interval(works: Works, run: Path, screen: Path) -> None:
     lines = works("evaluate", run, screen, "--hold-out", "env_4", "--degs", "0").splitlines()
-    told = [line for line in lines if "environment_vae against" in line]
-    assert told
-    assert not any("[" in line for line in told)
-    assert all("over 1 environments: too few environments" in line for line in told)
+    told = [line for line in lines if line.startswith("environment_vae: ")]
+    assert len(told) == 1
+    assert "[" not in told[0]
+    assert told[0].startswith("environment_vae: too few environments")
+    assert told[0].endswith("over 1 environment)")
 
 
 # ---------------------------------------------------------------------- compare
@@ -293,7 +309,15 @@ def test_compare_is_the_librarys_comparison(works: Works, screen: Path, split: s
     )
     found = pd.read_csv(tmp_path / "scores.csv")
     pd.testing.assert_frame_equal(found, expected.scores, check_dtype=False)
-    for file in ("summary.csv", "verdict.csv", "config.json", "figure.png", "vae/data.json", "vae/history.csv"):
+    for file in (
+        "summary.csv",
+        "gate.csv",
+        "verdict.csv",
+        "config.json",
+        "figure.png",
+        "vae/data.json",
+        "vae/history.csv",
+    ):
         assert (tmp_path / file).stat().st_size > 0, file
     assert Memory.load(tmp_path / "environment_vae").options == {**shared, "sparsity": "dense"}
 

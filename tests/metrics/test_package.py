@@ -25,7 +25,7 @@ def test_sparse_input_is_named_with_its_cure():
 def test_every_score_states_its_direction_arguments_and_result():
     for name in metrics.__all__:
         assert getattr(metrics, name).__doc__, name
-    results = {"Angle", "DCI", "Detection", "Interval", "Matching", "Probe"}
+    results = {"Angle", "Calibration", "DCI", "Detection", "Interval", "Matching", "Probe"}
     not_scores = {"bootstrap_interval", "median_bandwidth", "paired_difference"}
     scored = set(metrics.__all__) - results - not_scores
     for name in sorted(scored):

@@ -351,3 +351,47 @@ def test_degs_overlap_refuses_bad_input():
         metrics.degs_overlap(["a"], ["a"], 0)
     with pytest.raises(DataError, match="predicted_ranked lists 'b' more than once"):
         metrics.degs_overlap(["a"], ["b", "b"])
+
+
+def test_discrimination_leaves_out_all_targets_of_a_combination(rng):
+    truths = rng.normal(size=(9, 6))
+    predictions = truths + rng.normal(0, 1.5, (9, 6))
+    single = np.array([0, 1, 2, 3, -1, -1, 5, 0, 1])
+    mask = np.arange(6) == single[:, None]
+    expected = metrics.discrimination(truths, predictions, target_genes=single)
+    np.testing.assert_array_equal(metrics.discrimination(truths, predictions, target_genes=mask), expected)
+    mask[0, 3] = True
+    found = metrics.discrimination(truths, predictions, target_genes=mask)
+    kept = [1, 2, 4, 5]  # without both targets of the first condition
+    distances = np.abs(predictions[0, kept] - truths[:, kept]).sum(1)
+    assert found[0] == pytest.approx(1 - np.sum(distances < distances[0]) / 9)
+    np.testing.assert_array_equal(found[1:], expected[1:])
+    with pytest.raises(DataError, match=r"target_genes has shape \(2, 6\) and type bool: expected 9 gene positions"):
+        metrics.discrimination(truths, predictions, target_genes=mask[:2])
+
+
+def test_degs_recall_by_hand():
+    assert metrics.degs_recall(["a", "b", "c", "d"], ["x", "d", "a"]) == 0.5
+    assert metrics.degs_recall(["a", "b"], ["b", "a", "x", "y"]) == 1.0  # calling more costs nothing
+    assert metrics.degs_recall(["a"], []) == 0.0
+    assert math.isnan(metrics.degs_recall([], ["a"]))
+    with pytest.raises(DataError, match="true_degs lists 'a' more than once"):
+        metrics.degs_recall(["a", "a"], ["a"])
+
+
+def test_top_recall_by_hand():
+    change = np.array([0.1, -3.0, 2.0, 0.0, 1.0])
+    assert metrics.top_recall([1, 4], change) == 0.5  # the first two are genes 1 and 2
+    assert metrics.top_recall([4, 2, 1], change) == 1.0
+    # genes 1, 2, 3 tie for two places: each has two thirds of one
+    assert metrics.top_recall([1, 2], np.array([0.0, 1.0, -1.0, 1.0])) == pytest.approx(2 / 3)
+    assert metrics.top_recall([0, 1], np.array([5.0, 1.0, -1.0, 1.0])) == pytest.approx((1 + 1 / 3) / 2)
+    assert math.isnan(metrics.top_recall([], change))
+    with pytest.raises(DataError, match="genes holds 5: expected positions from 0 to 4"):
+        metrics.top_recall([5], change)
+
+
+def test_top_recall_of_no_change_and_of_random_changes_is_chance(rng):
+    assert metrics.top_recall([3, 7, 8], np.zeros(30)) == pytest.approx(3 / 30)
+    found = [metrics.top_recall(np.arange(10), rng.normal(size=50)) for _ in range(400)]
+    assert np.mean(found) == pytest.approx(10 / 50, abs=0.02)

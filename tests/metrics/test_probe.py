@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pyro_scm.errors import DataError
-from pyro_scm.metrics import environment_probe
+from pyro_scm.metrics import environment_probe, probes
 
 RNG = np.random.default_rng(0)
 NAMES = np.repeat(["a", "b", "c"], [300, 60, 40])
@@ -68,3 +68,36 @@ def test_units_do_not_matter_and_seeds_do_what_they_say() -> None:
 def test_arguments_that_make_no_probe_are_refused(z: object, labels: object, options: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         environment_probe(z, labels, seed=0, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["linear", "network"])
+@pytest.mark.parametrize("values", [2, 8])
+def test_a_probe_is_shown_to_learn_on_leaked_labels(kind: str, values: int) -> None:
+    """Latents that know nothing, and the same with the label among them: at chance, and above 95 %."""
+    labels = np.repeat(np.arange(values), 60)
+    z = RNG.normal(size=(len(labels), 5))
+    probe = environment_probe(z, labels, kind=kind, permutations=3, seed=0)  # type: ignore[arg-type]
+    assert probe.accuracy == pytest.approx(1 / values, abs=0.15)
+    assert probe.leaked > 0.95
+    assert probe.learns
+
+
+def test_a_probe_that_cannot_learn_says_so() -> None:
+    """28 cells to train on against 3000 latents: near chance, with the label or without it, and so no evidence."""
+    labels = np.repeat([0, 1], 20)
+    probe = environment_probe(RNG.normal(size=(40, 3000)), labels, permutations=2, seed=0)
+    assert not probe.learns
+
+
+def test_environments_and_covariates_are_probed_each() -> None:
+    batch = np.tile(["x", "y"], 200)
+    z = RNG.normal(size=(400, 3)) + 4 * (batch == "x")[:, None]
+    donors = np.array(["only"] * 400)
+    rare = np.where(np.arange(400) == 7, "once", np.where(np.arange(400) % 2, "p", "q"))
+    found = probes(z, {"environment": NAMES, "batch": batch, "donor": donors, "rare": rare}, permutations=5, seed=0)
+    assert set(found) == {"environment", "batch", "rare"}  # a single value cannot be read; a single cell is left out
+    assert found["batch"].accuracy > 0.95
+    assert found["rare"].chance == pytest.approx(1 / 2, abs=0.15)
+    assert found["environment"].accuracy <= found["environment"].upper + 0.05
+    with pytest.raises(DataError, match=r"z has shape \(400, 3\) and batch \(2,\)"):
+        probes(z, {"batch": ["x", "y"]}, seed=0)
