@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import pyro_scm as ps
-from experiments.launch import Results, launch
+from experiments.launch import Results, briefly, launch
 from guides import amortise
 from pyro_scm import metrics, recipes
 from pyro_scm.data import synthetic
@@ -85,8 +85,7 @@ def unmixed(run: Run, cells: EnvironmentDataset) -> Run:
 
 def unmixed_and_refined(run: Run, cells: EnvironmentDataset) -> Run:
     """And trained on there."""
-    half, rate = max(run.settings.epochs // 2, 1), float(np.max(run.settings.lr)) / 3
-    return ps.refine(ps.unmix(run, cells), cells, prior="student-t", epochs=half, lr=rate, device="cpu", progress=False)
+    return ps.refine(ps.unmix(run, cells), cells, prior="student-t", **briefly(run), device="cpu", progress=False)
 
 
 UNMIXED = Row("translation_vae", {"sparsity": "dense"}, after=unmixed, longer=2, rate=3e-3, linear_path=True)

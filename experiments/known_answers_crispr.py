@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 import pyro_scm as ps
-from experiments.launch import Results, data_folder, launch
+from experiments.launch import Results, briefly, data_folder, launch
 from guides import amortise
 from pyro_scm import effects, evaluation
 from pyro_scm.data.dataset import EnvironmentDataset
+from pyro_scm.directions import centre
 from pyro_scm.run import Run
 from pyro_scm.unmixing import Directions, fold, sparse_directions
 
@@ -76,21 +77,11 @@ class Crispr:
 
 
 # ---------------------------------------------------------------------- effects, their centre and their number
-def robust_centre(values: FloatArray, weights: FloatArray | None = None) -> FloatArray:
-    """Spatial median ``[d]`` of rows ``[n, d]``: it turns with the coordinates, and few far rows do not move it."""
-    weight = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64)
-    centre: FloatArray = np.median(values, axis=0)
-    for _ in range(200):
-        pull = weight / np.maximum(np.linalg.norm(values - centre, axis=1), 1e-9)
-        centre = pull @ values / pull.sum()
-    return centre
-
-
 def pseudobulk(x: FloatArray, env: NDArray[np.int64], rows: Sequence[int]) -> tuple[FloatArray, FloatArray]:
     """Mean ``[len(rows), G]`` and number of cells of the environments in `rows`, from their robust centre."""
     count = np.array([(env == e).sum() for e in rows], np.float64)
     means = np.stack([x[env == e].mean(0) for e in rows])
-    return means - robust_centre(means, np.sqrt(count)), count
+    return means - centre(means, np.sqrt(count)), count
 
 
 def effect_rank(
@@ -190,7 +181,7 @@ def with_effects(run: Run, values: FloatArray) -> Run:
     names = [f"model.shift.net.0.{n}" for n in ("weight", "bias")]
     rows = perturbed(run)
     r = run.environments.representation.astype(np.float64)[rows]
-    centres = np.stack([robust_centre(v[rows]) for v in values])
+    centres = np.stack([centre(v[rows]) for v in values])
     solved = np.stack([np.linalg.lstsq(r, v[rows] - c, rcond=None)[0].T for v, c in zip(values, centres, strict=True)])
     for name, value in zip(names, (solved, centres), strict=True):
         parameters[name] = torch.as_tensor(value).to(parameters[name])
@@ -210,7 +201,7 @@ def settled(run: Run, cells: EnvironmentDataset, *, offset: bool = True) -> Run:
     values, rows = embedded(run, cells), perturbed(run)
     if offset:
         for v in values:
-            v[rows] -= robust_centre(v[rows], weights(cells, rows))
+            v[rows] -= centre(v[rows], weights(cells, rows))
     return with_effects(run, values)
 
 
@@ -233,20 +224,8 @@ def sparse_run(run: Run, cells: EnvironmentDataset, rank: int, *, offset: bool =
     weight = weights(cells, rows)
     found = []
     for values in embedded(run, cells)[:, rows]:
-        found.append(sparse_basis(values - robust_centre(values, weight) * offset, rank, weight))
+        found.append(sparse_basis(values - centre(values, weight) * offset, rank, weight))
     return fold(run, cells, found)
-
-
-def probabilities(values: FloatArray, error: FloatArray | None = None) -> FloatArray:
-    """Inclusion probabilities ``[E, d]`` of effects that come from no run, as `effects.inclusion` has them.
-
-    Args:
-        values: ``[E, d]``.
-        error: ``[E]`` known standard deviations of an environment's effects; 0 by default.
-    """
-    known = np.zeros(len(values)) if error is None else error
-    fits = effects._fits(values.T, known)
-    return np.stack([g.probability(m, known) for g, m in zip(fits, values.T, strict=True)], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +243,7 @@ class View:
     @staticmethod
     def of(values: FloatArray, names: Sequence[str], inclusion: FloatArray | None = None) -> "View":
         """With inclusion from the effects themselves where none is given."""
-        p = probabilities(values) if inclusion is None else inclusion
+        p = effects.probabilities(values) if inclusion is None else inclusion
         columns = [f"z_{j}" for j in range(values.shape[1])]
         return View(pd.DataFrame(values, names, columns), pd.DataFrame(p, names, columns))
 
@@ -495,10 +474,7 @@ def main(config: Crispr) -> Results:
     print(f"papalexi: {len(cells)} cells, {len(cells.genes)} genes, effects of rank {rank}", flush=True)
     dense = fitted(cells, config)
     sparse = sparse_run(dense, cells, rank)
-    half, rate = max(sparse.settings.epochs // 2, 1), float(np.max(sparse.settings.lr)) / 3
-    refined = ps.refine(
-        sparse, cells, prior="student-t", offset=True, epochs=half, lr=rate, device="cpu", progress=False
-    )
+    refined = ps.refine(sparse, cells, prior="student-t", offset=True, **briefly(sparse), device="cpu", progress=False)
     slab = fitted(cells, config, "spike-slab", k=1)
 
     def read(run: Run, most: int | None, offset: bool = True) -> list[View]:

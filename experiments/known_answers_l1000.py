@@ -35,7 +35,7 @@ from experiments.known_answers_crispr import (
     sparse_run,
     views,
 )  # fmt: skip
-from experiments.launch import Results, data_folder, launch
+from experiments.launch import Results, briefly, data_folder, launch
 from pyro_scm.data import gct, l1000
 from pyro_scm.errors import DataError
 
@@ -132,10 +132,7 @@ def representations(
     print(f"{len(cells)} wells, {len(names)} environments, effects of rank {rank}", flush=True)
     dense = fitted(cells, config)
     sparse = sparse_run(dense, cells, rank)
-    half, rate = max(sparse.settings.epochs // 2, 1), float(np.max(sparse.settings.lr)) / 3
-    refined = ps.refine(
-        sparse, cells, prior="student-t", offset=True, epochs=half, lr=rate, device="cpu", progress=False
-    )
+    refined = ps.refine(sparse, cells, prior="student-t", offset=True, **briefly(sparse), device="cpu", progress=False)
     turned = View.of(components(change, count, rank, "PCA turned"), names)
     runs = {"dense": (dense, None), "sparse": (sparse, rank), "refined": (refined, rank)}
     found = {way: views(settled(run, cells), most) for way, (run, most) in runs.items()}

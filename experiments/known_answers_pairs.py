@@ -24,15 +24,14 @@ from experiments.known_answers_crispr import (
     effect_rank,
     fitted,
     perturbed,
-    probabilities,
-    robust_centre,
     settled,
     shift_of,
     sparse_run,
 )  # fmt: skip
-from experiments.launch import Results, data_folder, launch
-from pyro_scm import evaluation
+from experiments.launch import Results, briefly, data_folder, launch
+from pyro_scm import effects, evaluation
 from pyro_scm.data.dataset import EnvironmentDataset
+from pyro_scm.directions import centre
 from pyro_scm.run import Run
 
 if TYPE_CHECKING:
@@ -141,10 +140,7 @@ def model_guesses(adata: "AnnData", name: str, config: Pairs) -> tuple[dict[str,
     rank, _ = effect_rank(x, kept.env, by_name(kept), config.draws, config.latent)
     dense = fitted(kept, config)
     sparse = sparse_run(dense, kept, rank)
-    half, rate = max(sparse.settings.epochs // 2, 1), float(np.max(sparse.settings.lr)) / 3
-    refined = ps.refine(
-        sparse, kept, prior="student-t", offset=True, epochs=half, lr=rate, device="cpu", progress=False
-    )
+    refined = ps.refine(sparse, kept, prior="student-t", offset=True, **briefly(sparse), device="cpu", progress=False)
     seen = parts_seen(kept)
     read = {
         way: settled(r, kept, offset=False) for way, r in (("dense", dense), ("sparse", sparse), ("refined", refined))
@@ -181,12 +177,12 @@ def only_parts(run: Run, seen: Sequence[bool], rank: int | None = None) -> Run:
     rows = perturbed(run)
     for k, values in enumerate(shift_of(run)[:, rows]):
         if rank is not None:
-            centre = robust_centre(values)
-            parts = (weight[k] + bias[k][:, None]).double().cpu().numpy().T[on] - centre
+            middle = centre(values)
+            parts = (weight[k] + bias[k][:, None]).double().cpu().numpy().T[on] - middle
             kept = np.zeros_like(parts)
-            kept[:, :rank] = parts[:, :rank] * (probabilities(parts[:, :rank]) > 0.5)
+            kept[:, :rank] = parts[:, :rank] * (effects.probabilities(parts[:, :rank]) > 0.5)
             weight[k][:, torch.as_tensor(on)] = torch.as_tensor(kept.T).to(weight)
-            bias[k] = torch.as_tensor(centre).to(bias)
+            bias[k] = torch.as_tensor(middle).to(bias)
         weight[k][:, torch.as_tensor(~on)] = 0.0
     parameters |= {"model.shift.net.0.weight": weight, "model.shift.net.0.bias": bias}
     result = replace(run, parameters=parameters)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pyro import poutine
 
 from experiments.launch import Results, launch
+from experiments.recover_truth import calibration_error
 from pyro_scm import hard_gaussian, linear_gaussian, metrics
 from pyro_scm.chance import forked
 from pyro_scm.data import synthetic
@@ -260,12 +261,10 @@ def calibration(rows: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
     table = {}
     for key, part in rows.groupby(["way", "cells"], sort=False):
         said, edge = part["probability"].to_numpy(), part["edge"].to_numpy(bool)
-        place = np.clip((said * bins).astype(int), 0, bins - 1)
-        gap = np.bincount(place, said - edge, minlength=bins)
         unsure = (said > 0.05) & (said < 0.95)
         detected = metrics.recovery.detection(edge[None], said[None] > 0.5)
         table[key] = {
-            "calibration error": np.abs(gap).sum() / len(said),
+            "calibration error": calibration_error(edge, said, bins),
             "Brier": np.square(said - edge).mean(),
             "share unsure (5 to 95 %)": unsure.mean(),
             "mean probability of these": said[unsure].mean() if unsure.any() else np.nan,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import pyro_scm as ps
-from experiments.launch import Results, launch
+from experiments.launch import Results, briefly, launch
 from guides import amortise
 from pyro_scm.batch import Batch
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -146,9 +146,8 @@ def train(name: str, cells: EnvironmentDataset, seeds: Sequence[int], steps: int
     )  # fmt: skip
     if not dense:
         return run
-    half, rate = max(run.settings.epochs // 2, 1), float(np.max(run.settings.lr)) / 3
     # two environments are too few for a spike and slab
-    return ps.refine(ps.unmix(run, cells), cells, prior="student-t", epochs=half, lr=rate, device="cpu", progress=False)
+    return ps.refine(ps.unmix(run, cells), cells, prior="student-t", **briefly(run), device="cpu", progress=False)
 
 
 def programs(name: str, cells: EnvironmentDataset, dense: bool) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 import pyro_scm as ps
-from experiments.launch import Results, launch
+from experiments.launch import Results, briefly, launch
 from experiments.recover_truth import aligned, calibration_error
 from guides import amortise
 from pyro_scm import effects, metrics
@@ -264,10 +264,9 @@ def priors(own: Case) -> Iterator[dict[str, Any]]:
     after = unmix(own.run, own.cells)
     runs = {"unmixed": after}
     for prior in ("student-t", "spike-slab"):
-        half, rate = max(own.run.settings.epochs // 2, 1), float(np.max(own.run.settings.lr)) / 3
         weight = {"student-t": 2.0, "spike-slab": 1.0}[prior]
         runs[prior] = refine(
-            after, own.cells, prior=prior, weight=weight, epochs=half, lr=rate, device="cpu", progress=False
+            after, own.cells, prior=prior, weight=weight, **briefly(own.run), device="cpu", progress=False
         )
     for name, run in runs.items():
         included = effects.inclusion(run)

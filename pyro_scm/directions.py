@@ -148,17 +148,22 @@ def sparse_directions(
     return Directions(m, float(scores[best[0]]), scores[best].numpy(), moved, r, m @ common)
 
 
-def centre(effects: ArrayLike) -> FloatArray:
+def centre(effects: ArrayLike, weights: ArrayLike | None = None) -> FloatArray:
     """Spatial median ``[d]`` of effects ``[E, d]``: what most have in common, whatever a few do, in any rotation.
 
     Weiszfeld's iterations; Vardi and Zhang, "The multivariate L1-median and associated data depth", PNAS 2000.
+
+    Args:
+        effects: E ``[E, d]``.
+        weights: ``[E]`` how much each environment counts; all alike by default.
     """
     e = np.asarray(effects, np.float64)
+    weight = np.ones(len(e)) if weights is None else np.asarray(weights, np.float64)
     found = np.asarray(np.median(e, 0), np.float64)
-    least = 1e-9 * max(float(np.abs(e).max(initial=0.0)), 1e-300)
+    least = max(1e-9 * float(np.abs(e).max(initial=0.0)), 1e-290)  # its inverse is finite where no effect is there
     for _ in range(200):
-        weights = 1 / np.maximum(np.linalg.norm(e - found, axis=1), least)
-        before, found = found, np.asarray(weights @ e / weights.sum(), np.float64)
+        pull = weight / np.maximum(np.linalg.norm(e - found, axis=1), least)
+        before, found = found, np.asarray(pull @ e / pull.sum(), np.float64)
         if np.abs(found - before).max(initial=0.0) <= least:
             break
     return found

@@ -1,5 +1,6 @@
 """What a fitted run says its environments do to the latents: shifts, attention, probabilities of learnt masks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from pyro_scm.masks import MaskedPrior, MaskedShift
 from pyro_scm.run import Run, members
 from pyro_scm.shifts import mover
 
-__all__ = ["attention", "groups", "inclusion", "mask", "shifts"]
+__all__ = ["attention", "groups", "inclusion", "mask", "probabilities", "shifts"]
 
 
 FloatArray = NDArray[np.float64]
@@ -79,9 +80,22 @@ def inclusion(run: Run, *, offset: bool = False) -> pd.DataFrame:
         if offset:
             values[k] -= [_offset(m, error[asked]) for m in values[k, asked].T]
         fits = _fits(values[k, asked].T, error[asked])
-        shown = values[k, perturbed].T
-        out[k, perturbed] = np.stack([g.probability(m, error[perturbed]) for g, m in zip(fits, shown, strict=True)], 1)
+        out[k, perturbed] = _read(fits, values[k, perturbed], error[perturbed])
     return pd.DataFrame(out.reshape(table.shape), index=table.index, columns=table.columns)
+
+
+def probabilities(values: FloatArray, error: FloatArray | None = None) -> FloatArray:
+    """Inclusion probabilities of effects that come from no run, as `inclusion` has them.
+
+    Args:
+        values: ``[E, d]`` of perturbed environments.
+        error: ``[E]`` known standard deviations of an environment's effects; 0 by default.
+
+    Returns:
+        ``[E, d]``.
+    """
+    known = np.zeros(len(values)) if error is None else error
+    return _read(_fits(values.T, known), values, known)
 
 
 def groups(run: Run) -> dict[str, float]:
@@ -135,6 +149,11 @@ def _fits(shown: FloatArray, error: FloatArray) -> "list[_TwoGroups]":
     # a size of its own has to be worth its parameters (BIC), judged by all latents together
     worth = [sum(g.log_likelihood(m, error) for g, m in zip(fits, shown, strict=True)) for fits in around]
     return around[int(worth[1] - worth[0] > 0.5 * len(shown) * np.log(len(shown[0])))]
+
+
+def _read(fits: "Sequence[_TwoGroups]", values: FloatArray, error: FloatArray) -> FloatArray:
+    """Probabilities ``[E, d]``, each latent by its own groups."""
+    return np.stack([g.probability(m, error) for g, m in zip(fits, values.T, strict=True)], 1)
 
 
 def _offset(m: FloatArray, error: FloatArray) -> float:

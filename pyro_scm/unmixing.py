@@ -331,24 +331,18 @@ def fold(run: Run, cells: "EnvironmentDataset", found: Sequence[Directions]) -> 
     def put(name: str, value: Tensor) -> None:
         parameters[name] = value.to(parameters[name].dtype)
 
-    def left(name: str, rows: slice | None = None) -> None:
-        """M times the first axis of a parameter, or of some of its rows."""
+    def left(name: str) -> None:
+        """M times the first d rows of a parameter, which make the latents; the others are left as they are."""
         value = parameters[name].double()
-        part = value if rows is None else value[:, rows]
-        turned = torch.einsum("kij,kj...->ki...", m, part)
-        if rows is None:
-            put(name, turned)
-        else:
-            value[:, rows] = turned
-            put(name, value)
+        value[:, : model.latent] = torch.einsum("kij,kj...->ki...", m, value[:, : model.latent])
+        put(name, value)
 
-    rows = slice(0, model.latent)
     where = "shift" if model.shift is not None else "prior"
     for name, last in _effect_parameters(getattr(model, where), f"model.{where}"):
         if last:
             put(name, torch.einsum("kij,k...j->k...i", m, parameters[name].double()))
         else:
-            left(name, rows)
+            left(name)
     back = _causal(run) @ torch.linalg.inv(m)  # z' -> c
     for i, likelihood in enumerate(model.likelihoods):
         for name in _entries(likelihood.net, f"model.likelihoods.{i}.net"):  # type: ignore[arg-type]
@@ -360,8 +354,8 @@ def fold(run: Run, cells: "EnvironmentDataset", found: Sequence[Directions]) -> 
     encoder = guide.get_submodule(f"local.{Z}")
     name = _exit(encoder, f"guide.local.{Z}")
     spread = _spread(run, cells, m, name)
-    left(f"{name}.weight", rows)
-    left(f"{name}.bias", rows)
+    left(f"{name}.weight")
+    left(f"{name}.bias")
     for suffix, value in spread.items():
         own = parameters[f"{name}.{suffix}"]
         own[:, model.latent :] = value.to(own.dtype)

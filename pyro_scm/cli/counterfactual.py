@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pyro_scm.cli.inputs import labels
 from pyro_scm.cli.outputs import claim, remark, write_h5ad
-from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, covariate, natural, path, whole
+from pyro_scm.cli.parsing import COVARIATES, UsageError, Verbs, add_verb, natural, path, whole
 from pyro_scm.cli.runs import add_run_options, cells_for, load_run, only_best
 from pyro_scm.errors import listing
 
@@ -68,10 +68,7 @@ def add(verbs: Verbs) -> None:
     question("--environment", metavar="ENV", help="put the cells into this environment")
     question(
         "--covariate",
-        metavar="NAME=VALUE",
-        type=covariate,
-        action="append",
-        default=[],
+        **COVARIATES,
         help="give the cells another covariate, such as cell_type=B; may be given several times",
     )
     question(

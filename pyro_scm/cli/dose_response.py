@@ -3,7 +3,7 @@
 from argparse import ArgumentTypeError, Namespace
 
 from pyro_scm.cli.outputs import claim_folder, remark
-from pyro_scm.cli.parsing import Verbs, add_verb, covariate, names
+from pyro_scm.cli.parsing import COVARIATES, Verbs, add_verb, names
 from pyro_scm.cli.pictures import add_prediction_options, save
 from pyro_scm.cli.runs import add_run_options, cells_for, load_run
 
@@ -54,10 +54,7 @@ def add(verbs: Verbs) -> None:
     question("--doses", metavar="UM,...", type=_doses, help="to predict (default: 13 over and beyond those of the run)")
     question(
         "--covariate",
-        metavar="NAME=VALUE",
-        type=covariate,
-        action="append",
-        default=[],
+        **COVARIATES,
         help="only cells such as cell_type=B; may be given several times",
     )
     question(

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 from pyro_scm.errors import PyroScmError
 
 __all__ = [
+    "COVARIATES",
     "Formatter",
     "Parser",
     "ShowVersion",
@@ -18,7 +19,6 @@ __all__ = [
     "add_general",
     "add_verb",
     "assignment",
-    "covariate",
     "matching",
     "names",
     "natural",
@@ -193,6 +193,10 @@ def covariate(text: str) -> tuple[str, str]:
     if not equals or not name.strip():
         raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name.strip(), value.strip()
+
+
+COVARIATES: dict[str, Any] = {"metavar": "NAME=VALUE", "type": covariate, "action": "append", "default": []}
+"""How an option is read that names covariates and their values, once for each."""
 
 
 def _value(text: str) -> Any:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_scm.cli.inputs import MOLECULAR, DataOptions, Memory, represent_parts
 from pyro_scm.cli.outputs import claim, remark, write_h5ad
-from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, covariate, natural, path, whole
+from pyro_scm.cli.parsing import COVARIATES, UsageError, Verbs, add_verb, natural, path, whole
 from pyro_scm.cli.runs import add_run_options, load_run, place
 from pyro_scm.errors import listing
 
@@ -64,10 +64,7 @@ def add(verbs: Verbs) -> None:
     where("--cell-line", metavar="NAME", help="cell line, as the data call it")
     where(
         "--covariate",
-        metavar="NAME=VALUE",
-        type=covariate,
-        action="append",
-        default=[],
+        **COVARIATES,
         help="covariate of the cells, such as cell_type=B; needed of those whose effects the model has; may be given "
         "several times",
     )

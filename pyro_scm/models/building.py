@@ -9,6 +9,7 @@ from torch import nn
 
 from pyro_scm import graphs
 from pyro_scm.batch import Schema
+from pyro_scm.composition import CompositionShift, CovariateShift
 from pyro_scm.errors import ModelError
 from pyro_scm.likelihoods import Likelihood, likelihood_for, outputs_of
 from pyro_scm.masks import MaskedPrior, MaskedShift, OneOf, SpikeSlab
@@ -24,6 +25,7 @@ __all__ = [
     "decoder",
     "environment_prior",
     "environment_shift",
+    "network_composition",
     "per_cell",
     "recorded",
     "sparsifier_for",
@@ -78,6 +80,14 @@ def basal_prior(kind: str, latent: int) -> StandardPrior:
     if kind not in laws:
         raise ModelError(f"unknown prior {kind!r}: use 'flat' or 'standard'")
     return laws[kind](latent)
+
+
+def network_composition(
+    schema: Schema, latent: int, hidden: Sequence[int], covariates: Sequence[str]
+) -> CompositionShift:
+    """net(r_e) + sum_j V_cov_j[cov_j]: dense effects of a network of the representation, and covariates."""
+    effects = EnvironmentShift(mlp(len(schema.features), hidden, latent), Dense())
+    return CompositionShift(effects, CovariateShift(schema, latent, covariates))
 
 
 def sparsifier_for(kind: str, temperature: float, k: int) -> Sparsifier:

@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 
 from pyro_scm.batch import Schema
-from pyro_scm.composition import CompositionShift, CovariateShift
 from pyro_scm.model import LatentModel
-from pyro_scm.models.building import decoder, recorded
-from pyro_scm.nn import mlp
-from pyro_scm.priors import Dense, StandardPrior
-from pyro_scm.shifts import EnvironmentShift
+from pyro_scm.models.building import decoder, network_composition, recorded
+from pyro_scm.priors import StandardPrior
 
 
 @recorded
@@ -38,7 +35,6 @@ def latent_additive(
         likelihood: see `likelihood_for`.
         shortcut: whether the decoder adds a linear map to its network.
     """
-    effects = EnvironmentShift(mlp(len(schema.features), environment_hidden, latent), Dense())
-    shift = CompositionShift(effects, CovariateShift(schema, latent, covariates))
+    shift = network_composition(schema, latent, environment_hidden, covariates)
     decoded = decoder(schema, latent, hidden, likelihood, shortcut=shortcut)
     return LatentModel(StandardPrior(latent), decoded, shift=shift)

@@ -14,7 +14,7 @@ from experiments import known_answers_crispr as crispr
 from experiments import known_answers_l1000 as wells
 from experiments import known_answers_pairs as pairs
 from experiments import launch
-from pyro_scm import effects
+from pyro_scm import directions, effects
 from pyro_scm.errors import DataError
 from pyro_scm.run import Run
 
@@ -50,11 +50,11 @@ def test_the_robust_centre_is_where_most_are_and_turns_with_the_coordinates() ->
     rng = np.random.default_rng(0)
     values = 0.1 * rng.normal(size=(25, 4)) + 3.0
     values[:5] += 50.0
-    centre = crispr.robust_centre(values)
+    centre = directions.centre(values)
     turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     assert np.abs(centre - 3.0).max() < 0.1
     assert np.abs(values.mean(0) - 3.0).min() > 5
-    assert np.allclose(crispr.robust_centre(values @ turn), centre @ turn, atol=1e-4)
+    assert np.allclose(directions.centre(values @ turn), centre @ turn, atol=1e-4)
 
 
 def test_halves_of_cells_tell_how_many_latents_effects_have() -> None:
@@ -106,7 +106,7 @@ def test_settled_effects_are_around_zero_and_turning_keeps_their_distances(
         crispr.shift_of(crispr.settled(r, cells))[:, rows] for r in (run, crispr.sparse_run(run, cells, 2))
     )
     weight = crispr.weights(cells, rows)
-    assert np.abs([crispr.robust_centre(v, weight) for v in after]).max() < 1e-2
+    assert np.abs([directions.centre(v, weight) for v in after]).max() < 1e-2
     distance = [np.linalg.norm(v[0][:, None] - v[0][None], axis=-1) for v in (before, after)]
     assert np.allclose(distance[0], distance[1], atol=1e-3)
     assert not np.allclose(before, after, atol=1e-2)
@@ -117,7 +117,7 @@ def test_probabilities_are_those_of_the_suite(short: tuple[Run, crispr.Environme
     rows = crispr.perturbed(run)
     own = effects.inclusion(run).loc[1].to_numpy()[rows]
     error = effects._errors(run.environments.table)[rows]
-    assert np.allclose(crispr.probabilities(crispr.shift_of(run)[1][rows], error), own)
+    assert np.allclose(effects.probabilities(crispr.shift_of(run)[1][rows], error), own)
 
 
 def test_effects_can_be_put_into_a_run(short: tuple[Run, crispr.EnvironmentDataset]) -> None:
