@@ -24,9 +24,10 @@ from scipy.optimize import linear_sum_assignment
 import pyro_scm as ps
 from experiments.launch import Results, briefly, data_folder, launch
 from guides import amortise
-from pyro_scm import effects, evaluation
+from pyro_scm import effects, evaluation, recipes
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.directions import centre
+from pyro_scm.effect_spectrum import halves_errors, pseudobulk
 from pyro_scm.run import Run
 from pyro_scm.unmixing import Directions, fold, sparse_directions
 
@@ -76,52 +77,7 @@ class Crispr:
         return cls() if name == "paper" else cls(seeds=(0, 1), steps=400, draws=10)
 
 
-# ---------------------------------------------------------------------- effects, their centre and their number
-def pseudobulk(x: FloatArray, env: NDArray[np.int64], rows: Sequence[int]) -> tuple[FloatArray, FloatArray]:
-    """Mean ``[len(rows), G]`` and number of cells of the environments in `rows`, from their robust centre."""
-    count = np.array([(env == e).sum() for e in rows], np.float64)
-    means = np.stack([x[env == e].mean(0) for e in rows])
-    return means - centre(means, np.sqrt(count)), count
-
-
-def effect_rank(
-    x: FloatArray, env: NDArray[np.int64], rows: Sequence[int], draws: int, largest: int
-) -> tuple[int, FloatArray]:
-    """How many latents the effects have: the number of components of one half of the cells that predict the other best.
-
-    Environments are halved at random, effects (in standard deviations of each gene, times the root of the number of
-    cells) taken from each half's robust centre, and those of one half cut to r components are compared with those of
-    the other.
-
-    Args:
-        x: ``[N, G]``.
-        env: ``[N]``.
-        rows: perturbed environments.
-        draws: of halves.
-        largest: r that is tried.
-
-    Returns:
-        r of the lowest mean error, and the errors ``[largest + 1]`` beside no effects at all.
-    """
-    rng = np.random.default_rng(0)
-    unit = x / np.maximum(x.std(0), 1e-9)
-    kept = [e for e in rows if (env == e).sum() >= 2]
-    errors = np.zeros(largest + 1)
-    for _ in range(draws):
-        order = rng.permutation(len(x))
-        place = pd.Series(np.arange(len(x))).groupby(env[order]).cumcount().to_numpy()
-        half = np.zeros(len(x), bool)
-        half[order] = place % 2 == 0
-        (one, m), (two, n) = (pseudobulk(unit[h], env[h], kept) for h in (half, ~half))
-        weight = np.sqrt(m + n)[:, None]
-        for first, second in ((one * weight, two * weight), (two * weight, one * weight)):
-            left, singular, right = np.linalg.svd(first, full_matrices=False)
-            for r in range(min(largest, len(singular)) + 1):
-                cut = (left[:, :r] * singular[:r]) @ right[:r]
-                errors[r] += np.square(second - cut).sum() / np.square(second).sum() / (2 * draws)
-    return max(int(errors.argmin()), 1), errors
-
-
+# ---------------------------------------------------------------------- effects
 def sparse_basis(moved: FloatArray, rank: int, weights: FloatArray | None = None) -> Directions:
     """The sparse basis of the `rank` largest directions of effects.
 
@@ -463,6 +419,17 @@ def fitted(cells: EnvironmentDataset, config: Any, sparsity: str = "dense", k: i
     )  # fmt: skip
 
 
+def published(cells: EnvironmentDataset, config: Any, name: str) -> Run:
+    """SAMS-VAE or sVAE+ with the same sizes, as long."""
+    model, guide = recipes.make(name, cells.schema, latent=config.latent, hidden=(config.hidden,))
+    batch = min(256, max(32, len(cells) // 8))
+    return ps.fit(
+        model, guide, cells, seeds=config.seeds, objective=recipes.objective(name, model, cells), batch_size=batch,
+        lr=config.lr, epochs=max(2, round(config.steps * batch / len(cells))), schedule="cosine", device="cpu",
+        progress=False,
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------- Papalexi
 def main(config: Crispr) -> Results:
     adata = papalexi(config)
@@ -470,7 +437,8 @@ def main(config: Crispr) -> Results:
     x, env = np.asarray(cells.x, np.float64), cells.env
     rows = by_name(cells)
     names = [str(n) for n in cells.environments.index[rows]]
-    rank, errors = effect_rank(x, env, rows, config.draws, config.latent)
+    errors = halves_errors(x, env, rows, config.draws, config.latent)
+    rank = max(int(errors.argmin()), 1)
     print(f"papalexi: {len(cells)} cells, {len(cells.genes)} genes, effects of rank {rank}", flush=True)
     dense = fitted(cells, config)
     sparse = sparse_run(dense, cells, rank)
@@ -487,6 +455,7 @@ def main(config: Crispr) -> Results:
         "refined": read(refined, rank),
         "dense": read(dense, None),
         "spike-slab": views(slab, masked=True),
+        **{name: views(published(cells, config, name), masked=True) for name in ("sams_vae", "svae_plus")},
     }
     for kind in ("PCA", "ICA", "PCA turned"):
         found[kind] = [
@@ -582,7 +551,7 @@ def replicates(adata: "AnnData", config: Crispr) -> pd.DataFrame:
         cells = dataset(adata[adata.obs["replicate"] == name].copy())
         x, env = np.asarray(cells.x, np.float64), cells.env
         rows = by_name(cells)
-        rank, _ = effect_rank(x, env, rows, config.draws, config.latent)
+        rank = ps.effect_rank(cells, largest=config.latent, draws=config.draws)
         dense = fitted(cells, config)
         halves.append(cells)
         ranks.append(rank)

@@ -27,16 +27,15 @@ from experiments.known_answers_crispr import (
     by_name,
     components,
     dataset,
-    effect_rank,
     fitted,
     heat_map,
-    pseudobulk,
     settled,
     sparse_run,
     views,
 )  # fmt: skip
 from experiments.launch import Results, briefly, data_folder, launch
 from pyro_scm.data import gct, l1000
+from pyro_scm.effect_spectrum import pseudobulk
 from pyro_scm.errors import DataError
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def representations(
     names = [str(n) for n in cells.environments.index[rows]]
     change, count = pseudobulk(x / np.maximum(x.std(0), 1e-9), cells.env, rows)
     if replicated:
-        rank, _ = effect_rank(x, cells.env, rows, config.draws, config.latent)
+        rank = ps.effect_rank(cells, largest=config.latent, draws=config.draws)
     else:
         rank = held_out_rank(change, config.draws, config.latent)
     print(f"{len(cells)} wells, {len(names)} environments, effects of rank {rank}", flush=True)

@@ -21,7 +21,6 @@ import pyro_scm as ps
 from experiments.known_answers_crispr import (
     by_name,
     dataset,
-    effect_rank,
     fitted,
     perturbed,
     settled,
@@ -137,7 +136,7 @@ def model_guesses(adata: "AnnData", name: str, config: Pairs) -> tuple[dict[str,
     cells = dataset(adata, "multi-hot", CONTROL)
     kept = cells.subset(cells.env != cells.environment_index(name)[0])
     x = np.asarray(kept.x, np.float64)
-    rank, _ = effect_rank(x, kept.env, by_name(kept), config.draws, config.latent)
+    rank = ps.effect_rank(kept, largest=config.latent, draws=config.draws)
     dense = fitted(kept, config)
     sparse = sparse_run(dense, kept, rank)
     refined = ps.refine(sparse, kept, prior="student-t", offset=True, **briefly(sparse), device="cpu", progress=False)

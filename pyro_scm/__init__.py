@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_scm import baselines, graphs, metrics, models, ordering
+    from pyro_scm import baselines, effects, graphs, metrics, models, ordering
     from pyro_scm.agreement import scatter
     from pyro_scm.combinations import interactions
     from pyro_scm.composition import dosed
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyro_scm.data.synthetic import simulate
     from pyro_scm.dictionaries import dictionary
     from pyro_scm.doses import dose_response
+    from pyro_scm.effect_spectrum import effect_rank
     from pyro_scm.evaluation import compare
     from pyro_scm.hill import fit_hill
     from pyro_scm.infer import fit, grid
@@ -64,6 +65,8 @@ _PLACES = {
     "dose_response": "doses",
     "dosed": "composition",
     "effect": "query",
+    "effect_rank": "effect_spectrum",
+    "effects": "",
     "embed": "query",
     "expose": "query",
     "fit": "infer",
@@ -115,6 +118,8 @@ __all__ = [
     "dose_response",
     "dosed",
     "effect",
+    "effect_rank",
+    "effects",
     "embed",
     "expose",
     "fit",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_scm.attention import AttentivePrior
 from pyro_scm.errors import DataError, ModelError
-from pyro_scm.masks import MaskedPrior, MaskedShift
+from pyro_scm.masks import MaskedEffects, MaskedPrior, MaskedShift
 from pyro_scm.run import Run, members
 from pyro_scm.shifts import mover
 
@@ -272,10 +272,10 @@ def mask(run: Run) -> pd.DataFrame:
     """
 
     def read(model: Any, r: Tensor, perturbed: Tensor) -> Tensor:
-        for part in (model.prior, model.shift):
-            if isinstance(part, MaskedPrior | MaskedShift):
+        for part in (model.prior, model.shift, getattr(model.shift, "effects", None)):
+            if isinstance(part, MaskedPrior | MaskedShift | MaskedEffects):
                 return part.probability(r, perturbed)
-        raise ModelError("this model has no learnt mask: build it with sparsity='spike-slab' or 'one-of'")
+        raise ModelError("this model has no learnt mask: build it with sparsity='spike-slab' or 'one-of', or sams_vae")
 
     return _table(run, read)
 

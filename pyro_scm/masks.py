@@ -343,9 +343,11 @@ class MaskedEffects(nn.Module):
         effects = 0.5 * (ratio.square() + (self.loc / self.width).square() - 1) - ratio.log()
         return torch.stack((self.mask.cost(self.logits), effects))
 
-    def probability(self) -> Tensor:
-        """``(M, d)`` probability that a perturbation moves a latent."""
-        return self.mask.probability(self.logits)
+    def probability(self, r: Tensor, perturbed: Tensor) -> Tensor:
+        """``(R, d)`` probability that one of an environment's perturbations at least moves a latent."""
+        there = (self._amounts(r, perturbed) != 0).to(self.logits)
+        moved: Tensor = 1 - torch.exp(there @ torch.log1p(-self.mask.probability(self.logits)))
+        return moved
 
     def moments(self, r: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
         """Shift under the most likely masks and mean effects, and unit scale: two tensors ``(R, d)``."""

@@ -54,7 +54,7 @@ LAYERS = (
     "metrics.distances metrics.recovery",
     "metrics.graph metrics.uncertainty metrics.probe metrics.intervals",
     "metrics",
-    "infer query baselines gate hill conditions",
+    "infer query baselines gate hill conditions effect_spectrum",
     "comparison mean_predictions posterior contracts report programmes identify unmixing dictionaries",
     "structure_search latent_recovery probing",
     # models with their guides: from here on `guides` is known

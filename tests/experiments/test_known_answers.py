@@ -57,23 +57,6 @@ def test_the_robust_centre_is_where_most_are_and_turns_with_the_coordinates() ->
     assert np.allclose(directions.centre(values @ turn), centre @ turn, atol=1e-4)
 
 
-def test_halves_of_cells_tell_how_many_latents_effects_have() -> None:
-    cells = crispr.dataset(crispr.simulated())
-    x = np.asarray(cells.x, float)
-    rank, errors = crispr.effect_rank(x, cells.env, crispr.by_name(cells), draws=4, largest=6)
-    assert rank == 3  # pathway, SMAD4, BRD4; the control's own offset is not one
-    assert errors[0] == pytest.approx(1.0)
-    assert errors[3] < min(errors[2], errors[6])
-
-
-def test_no_effects_beyond_noise_leave_one_latent() -> None:
-    rng = np.random.default_rng(0)
-    env = np.repeat(np.arange(12), 30)
-    rank, errors = crispr.effect_rank(rng.normal(size=(360, 20)), env, range(12), draws=4, largest=5)
-    assert rank == 1
-    assert errors[1:].min() > 1
-
-
 def test_the_sparse_basis_of_few_directions_keeps_the_rest_of_the_space() -> None:
     rng = np.random.default_rng(0)
     sparse = np.where(rng.random((40, 3)) < 0.2, 3.0 * rng.normal(size=(40, 3)), 0.0)

@@ -12,7 +12,7 @@ from pyro import poutine
 
 from guides import AmortisedGuide
 from guides.encoders import Fresh, GaussianEncoder, PointEncoder, ProductEncoder, ReferenceEncoder
-from pyro_scm import query, recipes
+from pyro_scm import effects, query, recipes
 from pyro_scm.attention import TargetedShift
 from pyro_scm.composition import CompositionShift, DosedShift, MoleculeShift, ShiftedPrior, dosed
 from pyro_scm.contracts import check
@@ -260,10 +260,11 @@ def test_in_sams_vae_masks_and_effects_are_perturbations_not_cells() -> None:
     assert trace.nodes["effect_noise"]["fn"].batch_shape == ()
     assert trace.nodes["effect_noise"]["scale"] == 1
     run = fitted("sams_vae")
-    trained: Any = run.model
-    probability = trained.shift.effects.probability()
-    assert probability.shape == (3, 4)
-    assert ((probability > 0) & (probability < 1)).all()
+    moved = effects.mask(run).loc[0]
+    one, other, both = (moved.loc[name].to_numpy() for name in ("A 10 uM", "B 10 uM", HELD_OUT))
+    assert ((one > 0) & (one < 1)).all()
+    np.testing.assert_allclose(both, 1 - (1 - one) * (1 - other), rtol=1e-5)  # either of them moves it
+    assert (moved.loc["DMSO"] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["sams_vae", "svae_plus"])
