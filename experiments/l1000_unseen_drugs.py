@@ -1,48 +1,63 @@
-"""Unseen drugs in A375 cells from their SMILES (LINCS L1000, GSE70138 / GSE92742, level 3).
+"""Unseen drugs in A375 cells (LINCS L1000, GSE70138 / GSE92742, level 3): from SMILES, and from a shared pathway.
 
-Trained on plate LJP005 (59 compounds) and the compounds of plate LJP009 that are also on it, five by name and one under
-another name; the other 57 compounds of LJP009 are predicted from their Morgan fingerprint and dose. Expression is
-centred on the vehicle wells of its plate. An environment is a compound at a low (<= 0.37 uM) or high (>= 1.1 uM) dose:
-three wells each.
+drugs: trained on plate LJP005 (59 compounds) and the compounds of plate LJP009 that are also on it, five by name and
+one under another name; the other 57 compounds of LJP009 are predicted from fingerprint, descriptors and dose.
 
-Needs PYRO_SCM_DATA with l1000_a375/.
+mechanism: the MEK inhibitors are held out and predicted from the BRAF inhibitors and the rest, where each drug is known
+by its mechanisms of action, and MEK and BRAF inhibitors have one feature in common, their pathway (BRAF activates MEK,
+and A375 has BRAF V600E). Four compounds are too few for a verdict.
+
+Expression is centred on the vehicle wells of its plate. A condition is a compound at a low (<= 0.37 uM) or high (>= 1.1
+uM) dose: three wells each. The vehicle wells of LJP009 are scored against and not trained on.
+Needs PYRO_SCM_DATA with l1000_a375/, and compounds/ for mechanism.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from experiments.launch import UNSEEN_ENVIRONMENT_MODELS, Results, data_folder, launch
-from pyro_scm import evaluation
+from experiments.chemcpa_tables import SMOKE, Sizes, Task, asked, compared, inner, published
+from experiments.known_answers_l1000 import BRAF, MEK, mechanisms
+from experiments.launch import Results, data_folder, launch
 from pyro_scm.data import l1000, splits
 from pyro_scm.data.dataset import EnvironmentDataset
+from pyro_scm.errors import DataError
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+FloatArray: TypeAlias = NDArray[np.float64]
+
+CONTROL = "DMSO"
+PARTS = ("drugs", "mechanism")
+LOW, HIGH = 0.12, 3.3  # uM, the middle of the doses that are taken together
+DOSE_MEAN = "mean of the dose"
+_PATHWAY = "MAPK pathway"
+_UNSEEN = ("scgen",)  # has nothing to say of an unseen drug
+
 
 @dataclass(frozen=True)
-class L1000:
-    """Sizes; the seed's section 6.5 has latent 200 and 500 hidden units for 682 environments."""
+class L1000(Sizes):
+    """Sizes.
 
-    latent: int = 20
-    hidden: int = 100
-    epochs: int = 100
-    batch_size: int = 64
-    lr: float = 1e-3
+    Args:
+        parts: of `PARTS`.
+        bits: of fingerprints.
+    """
+
+    parts: tuple[str, ...] = PARTS
     bits: int = 1024
-    radius: int = 2
-    seeds: tuple[int, ...] = (0, 1, 2)
-    likelihood: str = "normal"
 
     @classmethod
     def preset(cls, name: str) -> "L1000":
         """Sizes of smoke, quick and paper."""
         if name == "smoke":
-            return L1000(epochs=1, seeds=(0,), hidden=16, bits=64)
-        return L1000() if name == "paper" else L1000(epochs=20)
+            return L1000(**SMOKE, bits=64)
+        return L1000() if name == "paper" else L1000(models=("chemcpa", "decoder_only"), seeds=(0, 1), epochs=20)
 
 
 def wells(scale: bool = False) -> "AnnData":
@@ -56,74 +71,139 @@ def wells(scale: bool = False) -> "AnnData":
     adata = l1000.centre_on_vehicle(l1000.load_plates(plates, obs=pd.read_csv(folder / "obs.csv.gz")), scale=scale)
     adata = adata[adata.obs["control"].to_numpy(dtype=bool) | adata.obs["smiles"].notna().to_numpy()].copy()
     control = adata.obs["control"].to_numpy(dtype=bool)
-    adata.obs["drug"] = np.where(control, "DMSO", adata.obs["perturbation"].astype(str))
+    adata.obs["drug"] = np.where(control, CONTROL, adata.obs["perturbation"].astype(str))
     adata.obs.loc[control, "smiles"] = None
+    dose = adata.obs["dose"].astype(float)
+    adata.obs["dose_level"] = np.where(control, 0.0, np.where(dose <= 0.5, LOW, HIGH))
     return adata
 
 
-def read(config: L1000) -> EnvironmentDataset:
-    """The wells; the representation is fingerprint and log dose."""
-    adata = wells()
-    control = adata.obs["control"].to_numpy(dtype=bool)
-    dose = adata.obs["dose"].astype(float)
-    level = np.where(control, 0.0, np.where(dose <= 0.5, 0.12, 3.3))
-    adata.obs["dose_level"] = level
+def read(config: Any, adata: "AnnData | None" = None, representation: Any = ("morgan", "dose")) -> EnvironmentDataset:
+    """The wells as cells.
+
+    Args:
+        config: with bits.
+        adata: of `wells`.
+        representation: of the drugs.
+    """
     return EnvironmentDataset.from_anndata(
-        adata,
+        wells() if adata is None else adata,
         environment="drug",
-        control="DMSO",
+        control=CONTROL,
         dose="dose_level",
         smiles="smiles",
-        representation=("morgan", "dose"),
-        radius=config.radius,
+        representation=representation,
         bits=config.bits,
     )
 
 
-def main(config: L1000) -> Results:
-    cells = read(config)
-    plate = cells.obs["plate"].to_numpy().astype(str)
+def drugs_task(config: Any, cells: EnvironmentDataset | None = None) -> Task:
+    """Compounds of LJP009 that are not on LJP005, under whatever name."""
+    cells = read(config, representation="molecules") if cells is None else cells
     table = cells.environments
-    drugs = {p: set(cells.obs.loc[np.char.startswith(plate, p), "drug"]) - {"DMSO"} for p in ("LJP005", "LJP009")}
+    plate = cells.obs["plate"].to_numpy().astype(str)
+    drugs = {p: set(cells.obs.loc[np.char.startswith(plate, p), "drug"]) - {CONTROL} for p in ("LJP005", "LJP009")}
     # a compound that was trained on under another name is not unseen: names are not enough to tell
-    names = table["perturbation"].to_numpy()
-    prints = {str(n): r[: config.bits].tobytes() for n, r in zip(names, cells.representation, strict=True)}
-    known = {prints[n] for n in drugs["LJP005"]}
-    unseen = [n for n in sorted(drugs["LJP009"]) if prints[n] not in known]
-    held_out = [str(n) for n in table.index[table["perturbation"].isin(unseen)]]
-    split = splits.by_environment(cells, held_out=held_out)
-    # the vehicle wells of the held-out plate are what its compounds are compared with, and are not trained on
+    molecule = [i for i, feature in enumerate(cells.features) if "dose" not in feature]
+    keys = dict(
+        zip(table["perturbation"].astype(str), (r[molecule].tobytes() for r in cells.representation), strict=True)
+    )
+    known = {keys[n] for n in drugs["LJP005"]}
+    unseen = [n for n in sorted(drugs["LJP009"]) if keys[n] not in known]
+    names = [str(n) for n in table.index[table["perturbation"].isin(unseen)]]
+    theirs = cells.reference[cells.env] & np.char.startswith(plate, "LJP009")
+    return _scored_against(splits.by_environment(cells, held_out=names), cells, theirs, config)
+
+
+def _scored_against(split: splits.Split, cells: EnvironmentDataset, rows: NDArray[np.bool_], config: Any) -> Task:
+    """The question, where some vehicle wells are kept out of training."""
+    train = split.train.subset(~np.isin(np.asarray(split.train.origin), np.flatnonzero(rows)))
+    return asked(replace(split, train=train), config.top, cells.subset(rows))
+
+
+def choosing(task: Task, config: Any, seed: int = 2) -> Task:
+    """A fifth of the training drugs, held out."""
+    table = task.train.environments.iloc[task.train.present]
+    drugs = sorted(table.loc[~table["is_reference"], "perturbation"].unique())
+    chosen = np.random.default_rng(seed).permutation(drugs)[: max(len(drugs) // 5, 2)]
+    return inner(task, [str(n) for n in table.index[table["perturbation"].isin(chosen)]], config.top)
+
+
+# ---------------------------------------------------------------------- mechanism of action
+def pathway_features(classes: Mapping[str, set[str]], drugs: list[str]) -> pd.DataFrame:
+    """One row a drug: its mechanisms, and one feature that MEK and BRAF inhibitors share."""
+    named = {d: set(classes.get(d, set())) | ({_PATHWAY} if d in (*MEK, *BRAF) else set()) for d in drugs}
+    columns = sorted(set().union(*named.values()))
+    rows = [[float(c in named[d]) for c in columns] for d in drugs]
+    return pd.DataFrame(rows, drugs, [f"mechanism {c}" for c in columns])
+
+
+def mechanism_task(config: Any) -> Task:
+    """MEK inhibitors held out."""
+    adata = wells()
+    folder = data_folder("compounds")
+    tables = [
+        pd.read_csv(folder / name, sep="\t")
+        for name in ("lincs_pert_info2_2020.tsv.gz", "lincs_pert_info_gse92742_moa.tsv.gz")
+    ]
+    classes = mechanisms(adata.obs.assign(target=adata.obs["drug"]), tables)
+    drugs = sorted(set(adata.obs["drug"]) - {CONTROL})
+    named = read(config, adata, "one-hot").environments
+    features = pathway_features(classes, drugs).reindex(named["perturbation"].astype(str)).fillna(0.0)
+    features = features.set_axis(named.index).assign(**{"log10(1 + dose)": np.log10(1 + named["dose"].to_numpy(float))})
+    cells = read(config, adata, features)
+    held = [str(n) for n in cells.environments.index[cells.environments["perturbation"].isin(MEK)]]
+    if not held:
+        raise DataError(f"none of the MEK inhibitors {', '.join(MEK)} is on the plates")
+    split = splits.by_environment(cells, held_out=held)
     vehicle = cells.reference[cells.env]
-    theirs = vehicle & np.char.startswith(plate, "LJP009")
-    rows = np.flatnonzero(~theirs)
-    split = replace(split, train=split.train.subset(np.isin(split.train.origin, rows)))
-    options = {
-        name: {"latent": config.latent, "hidden": (config.hidden,), "likelihood": config.likelihood, **given}
-        for name, given in UNSEEN_ENVIRONMENT_MODELS.items()
-    }
-    comparison = evaluation.compare(
-        split,
-        options,
-        seeds=config.seeds,
-        references=cells.subset(theirs),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        schedule="cosine",
-    )
-    high = comparison.scores[comparison.scores["environment"].isin(table.index[table["dose"] > 1])]
-    return Results(
-        tables={
-            "summary_high_dose": evaluation.Comparison(high).brief(),
-            "summary": comparison.brief(),
-            "scores": comparison.scores,
-        },
-        figures={"scores": comparison.figure(), "scores_high_dose": evaluation.Comparison(high).figure()},
-        text=(
-            f"{len(split.train)} training wells, {len(split.test)} held-out wells of {len(unseen)} unseen compounds; "
-            f"{len(cells.genes)} genes."
-        ),
-    )
+    rank = cells.obs.assign(v=vehicle).groupby(["plate", "v"], observed=True).cumcount().to_numpy()
+    return _scored_against(split, cells, vehicle & (rank % 2 == 1), config)
+
+
+# ---------------------------------------------------------------------- noise ceiling
+def ceiling(task: Task, cells: EnvironmentDataset) -> pd.DataFrame:
+    """Correlation of two wells of one condition, and what knowing the true mean would reach, by dose.
+
+    Wells of a condition are neighbours on a plate, and share a position: an upper bound.
+    """
+    rows = []
+    for name in task.names:
+        x = np.asarray(cells.of(name).x, np.float64)
+        if len(x) > 1:
+            r = np.corrcoef(x)[np.triu_indices(len(x), 1)].mean()
+            rows.append({"dose": cells.environments.loc[name, "dose"], "wells": len(x), "r": float(r)})
+    table = pd.DataFrame(rows).groupby("dose").agg(conditions=("r", "size"), wells=("wells", "mean"), r=("r", "mean"))
+    r = table["r"].clip(lower=0)
+    table["ceiling"] = np.sqrt(table["wells"] * r / (1 + (table["wells"] - 1) * r))
+    return table
+
+
+def main(config: L1000) -> Results:
+    tables: dict[str, pd.DataFrame] = {}
+    figures, texts, scores = {}, [], []
+    for part in config.parts:
+        if part not in PARTS:
+            raise DataError(f"no part {part!r}: use some of {', '.join(PARTS)}")
+        task = drugs_task(config) if part == "drugs" else mechanism_task(config)
+        sizes = replace(config, models=tuple(m for m in config.models if m not in _UNSEEN))
+        found = compared(task, choosing(task, config), sizes, further={DOSE_MEAN: ("dose",)})
+        groups = task.train.environments.loc[list(task.names), "dose"]
+        tables[f"{part}_published"] = published(found.comparison, groups)
+        tables[f"{part}_gate"] = found.comparison.gate().set_index("model")
+        tables[f"{part}_champion"] = found.champion_gate().set_index("model")
+        tables[f"{part}_chosen"] = found.chosen
+        if part == "drugs":
+            tables["drugs_ceiling"] = ceiling(task, read(config))
+        scores.append(found.comparison.scores.assign(part=part))
+        figures[f"{part}_scores"] = found.comparison.figure()
+        row = found.champion_gate().iloc[0]
+        texts.append(
+            f"{part}: {len(task.train)} training wells, {len(task.names)} conditions, {len(task.train.genes)} genes; "
+            f"champion {found.champion}: {row['difference']:+.3f} [{row['lower']:+.3f}, {row['upper']:+.3f}] against "
+            f"{row['baseline']}, {row['verdict']}."
+        )
+    return Results({**tables, "scores": pd.concat(scores)}, figures, "\n".join(texts))
 
 
 if __name__ == "__main__":

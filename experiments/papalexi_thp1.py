@@ -1,22 +1,26 @@
 """Unseen CRISPR knock-outs in THP-1 cells (Papalexi et al. 2021, GSE153056), from raw counts.
 
-Each of 25 knock-outs is predicted once, by models and simple baselines trained without it (k-fold over knock-outs).
-A knock-out is represented by the gene sets (MSigDB hallmark, Reactome) that its target belongs to. Then a model is
-fitted to all cells, and the latent effect of each knock-out is drawn: do IFNGR1, IFNGR2, JAK2 and STAT1 share a latent,
-and does CAV1, a negative control, have none?
+Each of 25 knock-outs is predicted once, by the suite's models and simple baselines trained without it (k-fold over
+knock-outs), beside the other half of its cells. A knock-out is represented by a constant, what all have in common, and
+by the gene sets (MSigDB hallmark, Reactome) that its target belongs to. Models see at most so many cells of each
+knock-out, baselines all. Then a model is fitted to all cells, and the latent effect of each knock-out is drawn: do
+IFNGR1, IFNGR2, JAK2 and STAT1 share a latent, and does CAV1, a negative control, have none?
 
 Needs PYRO_SCM_DATA with papalexi_thp1/ and networks/.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.launch import UNSEEN_ENVIRONMENT_MODELS, Results, data_folder, launch
-from pyro_scm import evaluation, infer, query, recipes
+from experiments.launch import Results, data_folder, launch
+from experiments.tables import compared, joined, reported, with_baselines
+from experiments.tables.models import MODELS, suite
+from pyro_scm import infer, query, recipes
+from pyro_scm.baselines import BASELINES
 from pyro_scm.data import splits
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.run import Run
@@ -27,23 +31,48 @@ NEGATIVE = "CAV1"
 
 @dataclass(frozen=True)
 class Papalexi:
-    """Sizes."""
+    """Sizes.
 
+    Args:
+        models: of the suite.
+        chosen: model or derived prediction that a verdict of its own is about.
+        folds: of the knock-outs.
+        latent: of the models.
+        hidden: units of their one hidden layer, and of the guides'.
+        most: training cells of a knock-out that the models of the table see.
+        table_epochs: of these models.
+        table_batch_size: of these models.
+        table_lr: of these models.
+        epochs: of the model of all cells.
+        batch_size: of the model of all cells.
+        lr: of the model of all cells.
+        seeds: members of each model.
+        cells: read.
+    """
+
+    models: tuple[str, ...] = tuple(MODELS)
+    chosen: str = "cpa, mean of members"
     folds: int = 5
     latent: int = 10
     hidden: int = 64
+    most: int = 150
+    table_epochs: int = 10
+    table_batch_size: int = 64
+    table_lr: float = 1e-2
     epochs: int = 20
     batch_size: int = 256
     lr: float = 3e-3
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = tuple(range(5))
     cells: int = 20000
 
     @classmethod
     def preset(cls, name: str) -> "Papalexi":
         """Sizes of smoke, quick and paper."""
         if name == "smoke":
-            return Papalexi(folds=5, epochs=1, seeds=(0,), cells=1500, hidden=16)
-        return Papalexi() if name == "paper" else Papalexi(epochs=10, cells=3000)
+            return cls(
+                models=("cpa",), chosen="cpa", epochs=1, table_epochs=1, seeds=(0,), cells=1500, most=50, hidden=16
+            )
+        return cls() if name == "paper" else cls(models=("cpa", "translation_vae"), epochs=10, cells=3000, seeds=(0, 1))
 
 
 def gene_sets(folder: Path, largest: int = 500) -> dict[str, set[str]]:
@@ -68,6 +97,17 @@ def knock_out_features(genes: list[str], sets: dict[str, set[str]]) -> pd.DataFr
     return pd.DataFrame((u * s)[:, s > 1e-6], index=genes)
 
 
+def described(features: pd.DataFrame) -> pd.DataFrame:
+    """The features and a constant, by which a linear effect knows what all perturbations have in common."""
+    return pd.concat([pd.Series(1.0, features.index, name="common"), features], axis=1)
+
+
+def at_most(cells: EnvironmentDataset, number: int) -> EnvironmentDataset:
+    """The cells with so many of each environment, drawn at random; of references all."""
+    place = pd.Series(np.random.default_rng(0).random(len(cells))).groupby(cells.env).rank().to_numpy()
+    return cells.subset((place <= number) | cells.reference[cells.env])
+
+
 def read(config: Papalexi) -> EnvironmentDataset:
     """The cells, with gene-set features of the knock-outs."""
     import anndata
@@ -80,35 +120,55 @@ def read(config: Papalexi) -> EnvironmentDataset:
         adata,
         environment="grna_target",
         control="non-targeting",
-        representation=knock_out_features(targets, gene_sets(data_folder("networks"))),
+        representation=described(knock_out_features(targets, gene_sets(data_folder("networks")))),
         covariates=["bio_rep"],
     )
 
 
 def main(config: Papalexi) -> Results:
     cells = read(config)
-    sizes = {"latent": config.latent, "hidden": (config.hidden,)}
     training = {"epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "schedule": "cosine"}
+    hidden = (config.hidden,)
+    models = suite(
+        config.models,
+        covariates=("bio_rep",),
+        latent=config.latent,
+        hidden=hidden,
+        guide_hidden=hidden,
+        shortcut=True,
+    )
     names = [str(n) for n in cells.environments.index[~cells.reference]]
     folds = np.array_split(np.random.default_rng(0).permutation(names), config.folds)
     parts = []
     for i, fold in enumerate(folds):
         print(f"fold {i + 1} of {len(folds)}: {', '.join(fold)}", flush=True)
         split = splits.by_environment(cells, held_out=list(fold))
-        options = {name: {**sizes, **given} for name, given in UNSEEN_ENVIRONMENT_MODELS.items()}
-        comparison = evaluation.compare(split, options, seeds=config.seeds, **training)
-        parts.append(comparison.scores.assign(fold=i))
-    scores = pd.concat(parts, ignore_index=True)
+        found = compared(
+            replace(split, train=at_most(split.train, config.most)),
+            models,
+            baselines=(),
+            seeds=config.seeds,
+            epochs=config.table_epochs,
+            batch_size=config.table_batch_size,
+            lr=config.table_lr,
+            schedule="cosine",
+            cells=200,
+        )
+        parts.append(with_baselines(found, split, tuple(BASELINES)))
+        print(parts[-1].brief(("delta_pearson",)).to_string(), flush=True)
+    tables, figures = reported("knock_outs", parts, (config.chosen,))
+    every = joined(parts).scores
     run, effects = latent_effects(cells, config, training)
     member = effects.xs(config.seeds[run.best], level="seed")
     return Results(
         tables={
-            "summary": evaluation.Comparison(scores).brief(),
+            **tables,
             "pathway": pathway(effects),
-            "scores": scores,
+            "scores": every[every["kind"].isin(["baseline", "model"])],
+            "derived_scores": every[~every["kind"].isin(["baseline", "model"])],
             "latent_effects": member,
         },
-        figures={"scores": evaluation.Comparison(scores).figure(), "latent_effects": heat_map(member)},
+        figures={**figures, "latent_effects": heat_map(member)},
         text=f"{len(cells)} cells, {len(names)} knock-outs each held out once in {config.folds} folds.",
     )
 

@@ -11,6 +11,7 @@ Scores: MCC and linear R2 of the noise of single cells; F1 of the targets that h
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 import pyro_scm as ps
 from experiments.launch import Results, launch
 from guides import amortise
-from pyro_scm import effects, metrics
+from pyro_scm import checkpoints, effects, metrics
 from pyro_scm.data import synthetic
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.metrics.recovery import detection
@@ -85,6 +86,7 @@ class RecoverTruth:
         cells: in each environment, at most.
         first: seed of the first screen.
         published: of how many screens models are also trained sparse from the start.
+        kept: CSV of scores: screens that are in it are not fitted again, others are added as they are done.
     """
 
     tasks: tuple[str, ...] = ("five latents", "SAMS-VAE")
@@ -94,6 +96,7 @@ class RecoverTruth:
     cells: int = 100
     first: int = 0
     published: int = 1
+    kept: str = ""
 
     @classmethod
     def preset(cls, name: str) -> "RecoverTruth":
@@ -200,27 +203,40 @@ def calibration_error(truth: NDArray[np.bool_], probability: NDArray[np.float64]
 
 # ---------------------------------------------------------------------- the experiment
 def main(config: RecoverTruth) -> Results:
-    rows: list[dict[str, Any]] = []
-    for name in config.tasks:
-        task = TASKS[name]
-        for number in range(config.first, config.first + config.screens):
-            settings = {"cells": config.cells, **dict(task.settings)}
-            settings["cells"] = min(settings["cells"], config.cells)
-            adata = ps.simulate(task.screen, seed=number, **settings)
-            cells = synthetic.dataset(adata)
-            for way, run in ways(cells, task.latent, config, number - config.first < config.published).items():
-                rows.append({"task": name, "way": way, "screen": number, **score(run(), cells, adata, way)})
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    scores = pd.DataFrame(rows)
-    text = f"{config.screens} screens a task; of {config.restarts} restarts that with the lowest loss."
+    scores = pd.read_csv(config.kept) if config.kept and Path(config.kept).is_file() else pd.DataFrame()
+    done = set(zip(scores["task"], scores["screen"], strict=True)) if len(scores) else set()
+    asked = [(t, n) for t in config.tasks for n in range(config.first, config.first + config.screens)]
+    for name, number in asked:
+        if (name, number) not in done:
+            rows = one_screen(name, number, config)
+            scores = pd.concat([scores, pd.DataFrame(rows)], ignore_index=True)
+            if config.kept:
+                checkpoints.write_text(Path(config.kept), scores.round(3).to_csv(index=False))
+    scores = scores[[pair in asked for pair in zip(scores["task"], scores["screen"], strict=True)]]
+    text = f"{len(asked)} screens; of {config.restarts} restarts that with the lowest loss."
     return Results({"summary": summary(scores), "scores": scores}, {"recovery": figure(scores)}, text)
+
+
+def one_screen(name: str, number: int, config: RecoverTruth) -> list[dict[str, Any]]:
+    """Scores of all ways."""
+    task = TASKS[name]
+    settings = {"cells": config.cells, **dict(task.settings)}
+    settings["cells"] = min(settings["cells"], config.cells)
+    adata = ps.simulate(task.screen, seed=number, **settings)
+    cells = synthetic.dataset(adata)
+    rows: list[dict[str, Any]] = []
+    for way, run in ways(cells, task.latent, config, number - config.first < config.published).items():
+        rows.append({"task": name, "way": way, "screen": number, **score(run(), cells, adata, way)})
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    return rows
 
 
 def summary(scores: pd.DataFrame) -> pd.DataFrame:
     """Medians over screens, and the worst screen."""
     groups = scores.groupby(["task", "way"], sort=False)
     table = groups[["mcc_z", "linear_r2_z", "f1", "calibration error", "share on"]].median()
-    return table.assign(**{"mcc_z worst": groups["mcc_z"].min(), "f1 worst": groups["f1"].min()})
+    worst = {"mcc_z worst": groups["mcc_z"].min(), "f1 worst": groups["f1"].min()}
+    return table.assign(**worst, screens=groups.size())
 
 
 def figure(scores: pd.DataFrame) -> "Figure":

@@ -83,6 +83,10 @@ def amortise(
 
     Raises:
         ModelError: options that do not exist, or a model without latent sites.
+
+    Example:
+        >>> sorted(amortise(model, cells, hidden=(8,)).local)
+        ['z']
     """
     if family not in FAMILIES:
         raise ModelError(f"unknown guide family {family!r}: use one of {', '.join(FAMILIES)}")

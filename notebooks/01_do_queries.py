@@ -53,7 +53,7 @@ assert np.allclose(moved, [0.0, 1.0, edge], atol=1e-5)
 # Latents are learnt up to permutation, sign and scale, so a learnt one is first matched with the true one.
 
 # %%
-from guides import amortise  # noqa: E402
+from guides import amortise
 
 model = ps.models.environment_vae(cells.schema, latent=3, hidden=(), scale=False)
 guide = amortise(model, cells, hidden=(64,))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pyro_scm.conditions import novelty
     from pyro_scm.contracts import check
     from pyro_scm.coordinates import InCausalVariables, in_noise
+    from pyro_scm.counterfactual_recovery import counterfactual_error
+    from pyro_scm.criticism import checks
     from pyro_scm.data.dataset import EnvironmentDataset
     from pyro_scm.data.leaks import leaks
     from pyro_scm.data.synthetic import simulate
@@ -37,14 +39,29 @@ if TYPE_CHECKING:
     from pyro_scm.pretraining import transfer
     from pyro_scm.probing import disentanglement
     from pyro_scm.programmes import gene_programmes
-    from pyro_scm.query import counterfactual, do, effect, embed, expose, noise, predict, sweep
+    from pyro_scm.query import (
+        Action,
+        counterfactual,
+        do,
+        effect,
+        embed,
+        expose,
+        intervene,
+        mediate,
+        noise,
+        path_effect,
+        predict,
+        sweep,
+    )
     from pyro_scm.recipes import load
     from pyro_scm.run import Run
+    from pyro_scm.soundness import axioms
     from pyro_scm.structure_search import GraphPosterior, learn_graph, learn_latent_graph
     from pyro_scm.tuning import tune
     from pyro_scm.unmixing import refine, stability, unmix
 
 _PLACES = {
+    "Action": "query",
     "EffectSparsity": "objectives",
     "EffectSpikeSlab": "objectives",
     "EnvironmentDataset": "data.dataset",
@@ -55,10 +72,13 @@ _PLACES = {
     "LatentModel": "model",
     "Objective": "objectives",
     "Run": "run",
+    "axioms": "soundness",
     "baselines": "",
     "check": "contracts",
+    "checks": "criticism",
     "compare": "evaluation",
     "counterfactual": "query",
+    "counterfactual_error": "counterfactual_recovery",
     "dictionary": "dictionaries",
     "disentanglement": "probing",
     "do": "query",
@@ -76,15 +96,18 @@ _PLACES = {
     "grid": "infer",
     "in_noise": "coordinates",
     "interactions": "combinations",
+    "intervene": "query",
     "leaks": "data.leaks",
     "learn_graph": "structure_search",
     "learn_latent_graph": "structure_search",
     "load": "recipes",
+    "mediate": "query",
     "metrics": "",
     "models": "",
-    "ordering": "",
     "noise": "query",
     "novelty": "conditions",
+    "ordering": "",
+    "path_effect": "query",
     "predict": "query",
     "refine": "unmixing",
     "scatter": "agreement",
@@ -99,6 +122,7 @@ _PLACES = {
 
 __all__ = [
     "IRM",
+    "Action",
     "EffectSparsity",
     "EffectSpikeSlab",
     "EnvironmentDataset",
@@ -108,10 +132,13 @@ __all__ = [
     "LatentModel",
     "Objective",
     "Run",
+    "axioms",
     "baselines",
     "check",
+    "checks",
     "compare",
     "counterfactual",
+    "counterfactual_error",
     "dictionary",
     "disentanglement",
     "do",
@@ -129,15 +156,18 @@ __all__ = [
     "grid",
     "in_noise",
     "interactions",
+    "intervene",
     "leaks",
     "learn_graph",
     "learn_latent_graph",
     "load",
+    "mediate",
     "metrics",
     "models",
     "noise",
     "novelty",
     "ordering",
+    "path_effect",
     "predict",
     "refine",
     "scatter",

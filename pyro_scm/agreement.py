@@ -114,6 +114,10 @@ def scatter(
 
     Raises:
         DataError: an unknown environment, one with fewer than 2 cells or a reference, or no references.
+
+    Example:
+        >>> scatter(run, cells, ["env_1"]).figure()
+        <Figure size ...>
     """
     table = run.environments.table
     number = np.bincount(cells.env, minlength=len(cells.environments))

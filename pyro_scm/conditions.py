@@ -254,6 +254,10 @@ def novelty(run: Run, conditions: str | Sequence[str] | Mapping[str, ArrayLike] 
 
     Raises:
         DataError: an unknown environment, a representation of another length, or a run without training conditions.
+
+    Example:
+        >>> novelty(run, "env_3")["trained"].tolist()
+        [True]
     """
     table = run.environments.table
     if conditions is None:

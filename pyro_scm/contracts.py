@@ -30,6 +30,9 @@ def check(model: nn.Module, guide: nn.Module, batch: Batch, objective: Objective
 
     Raises:
         ModelError: lists every clause that does not hold.
+
+    Example:
+        >>> check(model, guide, cells[::20])
     """
     faults: list[str] = []
     for clause in (_sites_match, _loss_and_gradients, _simulates, _interventions, _vectorises):

@@ -98,6 +98,12 @@ class InCausalVariables(PyroModule):  # type: ignore[misc]
 
     Args:
         model: of additive mechanisms.
+
+    Example:
+        >>> in_c = InCausalVariables(model)
+        >>> run = ps.fit(in_c, amortise(in_c, cells, hidden=(8,)), cells, epochs=1, progress=False)
+        >>> ps.embed(in_noise(run), cells)["z"].shape
+        (1, 180, 2)
     """
 
     def __init__(self, model: LatentModel) -> None:

@@ -250,6 +250,10 @@ def dictionary(run: Run, *, dose: float | None = None, every: bool = False) -> D
     Raises:
         ModelError: a model whose environments move nothing, or one that knows no doses and is asked for one.
         DataError: a dose that is none, or a table without single perturbations.
+
+    Example:
+        >>> ps.dictionary(run).names[:2]
+        ['env_1', 'env_2']
     """
     table, representation = run.environments.table, run.environments.representation
     largest = {name: found[-1] for name, found in perturbations(run).items()}

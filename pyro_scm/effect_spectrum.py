@@ -32,6 +32,10 @@ def effect_rank(cells: EnvironmentDataset, *, largest: int = 20, draws: int = 20
 
     Raises:
         DataError: fewer than two perturbed environments with two cells each.
+
+    Example:
+        >>> effect_rank(cells, largest=3) in (1, 2, 3)
+        True
     """
     x = np.concatenate([_dense(values) for _, values in cells.normalised_blocks(cells.schema.summary.depth)])
     rows = [int(e) for e in cells.present if not cells.reference[e] and (cells.env == e).sum() >= 2]

@@ -38,6 +38,11 @@ def shifts(run: Run) -> pd.DataFrame:
 
     Raises:
         ModelError: a model whose environments move nothing.
+
+    Example:
+        >>> table = shifts(run)
+        >>> table.shape, bool((table.xs("control", level=1) == 0).all(axis=None))  # 0 in the reference
+        ((18, 2), True)
     """
 
     def read(model: Any, r: Tensor, perturbed: Tensor) -> Tensor:

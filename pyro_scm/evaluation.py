@@ -46,6 +46,9 @@ __all__ = ["LOWER_IS_BETTER", "Comparison", "compare", "evaluate", "predict_mean
 FloatArray: TypeAlias = NDArray[np.float64]
 Genes: TypeAlias = NDArray[np.int64]
 
+RECENTRED = ", recentred"
+"""What is added to the name of a model whose predictions are scored recentred."""
+
 _CHUNK = 512
 _PARTICLES = 4
 
@@ -307,6 +310,7 @@ def compare(
     protocol: str | None = None,
     plate: str | None = None,
     distances: bool = False,
+    recentre: bool | Sequence[str] = False,
     progress: bool | None = None,
     **fit_options: Any,
 ) -> Comparison:
@@ -335,6 +339,8 @@ def compare(
         plate: obs column of the plate, where plates are said to be unseen.
         distances: whether to draw cells too and score their distribution: energy_distance and mmd (unbiased, see
             `metrics`) and variance_r2. A baseline's cells are the reference cells, moved by its change.
+        recentre: whether to score each model a second time, as ``"NAME, recentred"``, with the common change measured
+            instead of predicted; see `predict_means`.
         progress: see `fit`.
         **fit_options: more of `fit`.
 
@@ -348,7 +354,7 @@ def compare(
     task = _task(split, degs, seed, references, protocol, plate)
     programs = {n: recipes.make(recipe, task.train.schema, **options) for n, (recipe, options) in made.items()}
     rows = _baseline_rows(task, baselines, cells if distances else 0, seed)
-    runs = {}
+    runs: dict[str, Run] = {}
     for name, (model, guide) in programs.items():
         recipe = recipes.recipe(made[name][0])
         own = {"objective": recipes.objective(made[name][0], model, task.train), "critic_steps": recipe.critic_steps}
@@ -357,6 +363,8 @@ def compare(
         rows += [
             (name, "model", *found) for found in _model_scores(runs[name], task, _before(task), cells, seed, distances)
         ]
+        if recentre:
+            rows += _recentred_rows(name, runs[name], task, cells, seed, recentre)
     described = {name: {"recipe": recipe, **options} for name, (recipe, options) in made.items()}
     training = {"seeds": list(seeds), "epochs": epochs, **fit_options}
     config = _config(split, task, described, training, baselines, degs, cells, seed, protocol)
@@ -374,6 +382,7 @@ def evaluate(
     protocol: str | None = None,
     plate: str | None = None,
     distances: bool = False,
+    recentre: bool | Sequence[str] = False,
 ) -> Comparison:
     """Score runs that are fitted already beside baselines, as `compare` does.
 
@@ -391,6 +400,7 @@ def evaluate(
         protocol: see `compare`.
         plate: see `compare`.
         distances: see `compare`.
+        recentre: see `compare`.
 
     Raises:
         DataError: see `compare`; or cells of other genes or environments than a run's.
@@ -402,6 +412,8 @@ def evaluate(
     for name, run in runs.items():
         task = replace(task, notes=(*task.notes, *_trained_references(name, run, task)))
         rows += [(name, "model", *found) for found in _model_scores(run, task, _before(task), cells, seed, distances)]
+        if recentre:
+            rows += _recentred_rows(name, run, task, cells, seed, recentre)
     described = {name: dict(getattr(run.model, "spec", None) or {}) for name, run in runs.items()}
     training = {name: {"seeds": list(run.seeds), **asdict(run.settings)} for name, run in runs.items()}
     config = _config(split, task, described, training, baselines, degs, cells, seed, protocol)
@@ -478,6 +490,16 @@ def _model_scores(
         for name in task.environments:
             for metric, value in _cell_scores(model, guide, task.held_out.of(name), len(task.train), depth).items():
                 yield own, name, metric, value
+
+
+def _recentred_rows(
+    name: str, run: Run, task: _Task, cells: int, seed: int, recentre: bool | Sequence[str]
+) -> Iterator[tuple[str, str, int, str, str, float]]:
+    """Rows of `Comparison.scores` for a model's recentred predictions."""
+    predicted = predict_means(run, task.train, task.environments, cells=cells, seed=seed, recentre=recentre)
+    for own, means in zip(run.seeds, predicted, strict=True):
+        for found in task.scores(means - _before(task)):
+            yield f"{name}{RECENTRED}", "model", own, *found
 
 
 def _distance_scores(run: Run, task: _Task, cells: int, seed: int) -> Iterator[tuple[int, str, str, float]]:

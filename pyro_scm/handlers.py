@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import pyro
 import torch
-from pyro.distributions import Independent, TorchDistribution
+from pyro.distributions import Delta, Independent, TorchDistribution
 from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -17,7 +17,17 @@ from torch.distributions import Distribution, Transform, TransformedDistribution
 from pyro_scm.errors import InterventionError, listing
 from pyro_scm.sites import Z
 
-__all__ = ["Do", "Expose", "HoldNoise", "NoiseIntervention", "addressed", "anneal", "refuse_unknown", "unstored"]
+__all__ = [
+    "Do",
+    "Expose",
+    "HoldNoise",
+    "NoiseIntervention",
+    "addressed",
+    "anneal",
+    "imposed",
+    "refuse_unknown",
+    "unstored",
+]
 
 Program: TypeAlias = Callable[..., Any]
 
@@ -36,20 +46,30 @@ def addressed(names: Iterable[str]) -> list[str]:
 
 
 class Do(DoMessenger):
-    """`pyro.poutine.do` whose values may also be functions of the natural value: ``{"c_3": lambda c: c + 1}``."""
+    """`pyro.poutine.do` that also takes laws to draw from and functions of the natural value: ``lambda c: c + 1``."""
 
     data: dict[str, Any]
 
     def _pyro_sample(self, msg: Any) -> None:
         rule = self.data.get(msg["name"])
-        if not callable(rule):
+        if not callable(rule) and not isinstance(rule, Distribution):
             super()._pyro_sample(msg)
             return
         try:  # poutine.do knows numbers and tensors; the natural value is only known here
-            self.data = {**self.data, msg["name"]: torch.as_tensor(rule(msg["value"]))}
+            self.data = {**self.data, msg["name"]: torch.as_tensor(imposed(rule, msg["value"]))}
             super()._pyro_sample(msg)
         finally:
             self.data = {**self.data, msg["name"].removesuffix("__CF"): rule}
+
+
+def imposed(rule: Any, natural: Tensor) -> Any:
+    """The value that a number, tensor, law, or function of the natural value (to one of these) stands for.
+
+    A law is drawn from once for each natural value.
+    """
+    if not isinstance(rule, Distribution) and callable(rule):  # distributions of Pyro can be called too
+        rule = rule(natural)
+    return rule.expand(natural.shape).sample() if isinstance(rule, Distribution) else rule
 
 
 FROZEN = ".*not registered in the param store"
@@ -73,12 +93,12 @@ class Expose(Messenger):
 
 
 class _Patched(TorchDistribution):  # type: ignore[misc]
-    """A diagonal Normal over z with some components replaced by laws of their own."""
+    """A diagonal Normal over z with some components replaced: by laws of their own, values, or functions of them."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, base: Independent, laws: Mapping[int, Distribution]) -> None:
-        self.base, self.laws = base, laws
+    def __init__(self, base: Independent, rules: Mapping[int, Any]) -> None:
+        self.base, self.rules = base, rules
         self.has_rsample = base.has_rsample
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
@@ -87,54 +107,60 @@ class _Patched(TorchDistribution):  # type: ignore[misc]
         return self.base.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "_Patched":
-        return _Patched(self.base.expand(batch_shape), self.laws)
+        return _Patched(self.base.expand(batch_shape), self.rules)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        return _patch(self.base.sample(torch.Size(sample_shape)), self.laws)
+        return _patch(self.base.sample(torch.Size(sample_shape)), self.rules)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return _patch(self.base.rsample(torch.Size(sample_shape)), self.laws)
+        return _patch(self.base.rsample(torch.Size(sample_shape)), self.rules)
 
     def log_prob(self, value: Tensor) -> Tensor:
         flat = getattr(self.base, "_mask", None) is False  # a prior whose density is left out; a new law's is not
         terms = torch.zeros_like(value) if flat else diagonal(self.base).log_prob(value).clone()
-        for j, law in self.laws.items():
+        for j, rule in self.rules.items():
+            if callable(rule) and not isinstance(rule, Distribution):
+                raise InterventionError(
+                    f"z_{j} is a function of its natural value: it can be drawn, but its density is not known"
+                )
+            law = rule if isinstance(rule, Distribution) else Delta(torch.as_tensor(rule, dtype=value.dtype))
             terms[..., j] = law.log_prob(value[..., j])
         total: Tensor = terms.sum(-1)
         return total
 
 
-def _patch(z: Tensor, laws: Mapping[int, Distribution]) -> Tensor:
+def _patch(z: Tensor, rules: Mapping[int, Any]) -> Tensor:
     z = z.clone()
-    for j, law in laws.items():
-        z[..., j] = law.sample(z.shape[:-1])
+    for j, rule in rules.items():
+        z[..., j] = torch.as_tensor(imposed(rule, z[..., j]))
     return z
 
 
 class NoiseIntervention(Messenger):
-    """Replaces the distribution of single components of the noise z (seed definition 2): mechanisms stay as they are.
+    """Replaces single components of the noise z (seed definition 2): mechanisms stay as they are.
 
-    Around a program whose z is already given (abducted), the named components are drawn anew and the others kept.
+    Around a program whose z is already given (abducted), the named components are replaced and the others kept.
 
     Args:
-        laws: index of the component -> its new distribution over scalars.
+        rules: index of the component -> its new distribution over scalars, a number, one value a cell, or a function
+            of the natural noise.
     """
 
-    def __init__(self, laws: Mapping[int, Distribution]) -> None:
+    def __init__(self, rules: Mapping[int, Any]) -> None:
         super().__init__()
-        self.laws = dict(laws)
+        self.rules = dict(rules)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] != Z:
             return
         size = msg["fn"].event_shape[-1]
-        bad = [j for j in self.laws if not 0 <= j < size]
+        bad = [j for j in self.rules if not 0 <= j < size]
         if bad:
             raise InterventionError(f"no noise component {listing(bad)}: z has components 0 to {size - 1}")
         if msg["value"] is None:
-            msg["fn"] = _Patched(msg["fn"], self.laws)
+            msg["fn"] = _Patched(msg["fn"], self.rules)
         else:
-            msg["value"] = _patch(msg["value"], self.laws)
+            msg["value"] = _patch(msg["value"], self.rules)
 
 
 def diagonal(law: Any) -> Any:

@@ -102,6 +102,11 @@ def fit(
         ModelError: options that do not exist or do not fit the model.
         TrainingError: a loss or gradient that is not finite; names the member, the step and the site.
         CheckpointError: a checkpoint of other settings.
+
+    Example:
+        >>> run = fit(model, guide, cells, seeds=range(3), epochs=1, progress=False)
+        >>> len(run)
+        3
     """
     settings = Settings(
         epochs=epochs,
@@ -144,6 +149,10 @@ def grid(seeds: Sequence[int] = (0,), **settings: Sequence[Any]) -> dict[str, li
 
     Raises:
         ModelError: a setting that all members share.
+
+    Example:
+        >>> grid(range(2), lr=(1e-2, 1e-3))
+        {'seeds': [0, 0, 1, 1], 'lr': [0.01, 0.001, 0.01, 0.001]}
     """
     unknown = [name for name in settings if name not in _EACH]
     if unknown:

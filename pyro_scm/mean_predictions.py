@@ -9,18 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_scm.baselines import controls, matched_references
+from pyro_scm.baselines import TrainingMean, controls, matched_references
 from pyro_scm.batch import Batch
 from pyro_scm.chance import forked
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.distributions import NegativeBinomial
-from pyro_scm.errors import DataError
+from pyro_scm.errors import DataError, listing
 from pyro_scm.handlers import diagonal
 from pyro_scm.query import isolated, transport
 from pyro_scm.run import Environments, Fitted, Run, members
 from pyro_scm.sites import X
 
-__all__ = ["log_expression", "on_device", "predict_cells", "predict_means", "reference_cells"]
+__all__ = ["alike", "log_expression", "on_device", "predict_cells", "predict_means", "reference_cells"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -29,7 +29,13 @@ _SAMPLES = 16
 
 
 def predict_means(
-    run: Fitted, train: EnvironmentDataset, environments: Sequence[str], *, cells: int = 500, seed: int = 0
+    run: Fitted,
+    train: EnvironmentDataset,
+    environments: Sequence[str],
+    *,
+    cells: int = 500,
+    seed: int = 0,
+    recentre: bool | Sequence[str] = False,
 ) -> FloatArray:
     """Control + mean over reference cells of (expression in e - reconstructed expression), each cell's noise held.
 
@@ -48,13 +54,15 @@ def predict_means(
         cells: reference cells to use of each set, drawn at random where there are more. Where there are fewer, each is
             used with several draws of its posterior.
         seed: of these draws.
+        recentre: see above; or columns in which the training environments are to be alike too, such as ``("dose",)``.
+            `train` needs the perturbed cells then.
 
     Returns:
         ``[K, len(environments), G]`` mean normalised expression, at the median library size of `train`.
 
     Raises:
-        DataError: an unknown environment, no reference cells, other genes than the run's, or less than one cell asked
-            for.
+        DataError: an unknown environment or column, no reference cells, other genes than the run's, less than one cell
+            asked for, or no perturbed cells to recentre on.
     """
     if cells < 1:
         raise DataError(f"cells is {cells}: predict from 1 reference cell or more")
@@ -63,6 +71,14 @@ def predict_means(
             f"the run was fitted to {len(run.schema.genes)} genes and the cells have {len(train.genes)}, or others: "
             "give cells with the run's genes in their order"
         )
+    if recentre:
+        mean = TrainingMean().fit(train)
+        weights = alike(train, environments, () if recentre is True else recentre)
+        used = weights.any(axis=0)  # the others need not be predicted
+        seen = [str(train.environments.index[e]) for e in mean.trained[used]]
+        found = predict_means(run, train, [*environments, *seen], cells=cells, seed=seed)
+        plain, again = found[:, : len(environments)], found[:, len(environments) :]
+        return plain + weights[:, used] @ ((mean.changes + mean.control[mean.trained])[used] - again)
     sets = matched_references(train, environments)
     depth = train.schema.summary.depth
     table = run.environments if isinstance(run, Run) else Environments.of(train)
@@ -80,6 +96,36 @@ def predict_means(
                 torch.manual_seed(seed + k)
                 result[k, asked] += _mean_changes(model, guide, chosen, table, names, depth, draws)
     return result
+
+
+def alike(train: EnvironmentDataset, environments: Sequence[str], columns: Sequence[str] = ()) -> FloatArray:
+    """Weights of the training environments that are like each environment, for means over them.
+
+    Args:
+        train: training cells, of T perturbed environments.
+        environments: names.
+        columns: of the environment table, such as ``"dose"``, in which they are to agree besides time and cell line;
+            each is passed over where no training environment would be left.
+
+    Returns:
+        ``[len(environments), T]``, in the order of the environment table: rows sum to 1, of references to 0.
+
+    Raises:
+        DataError: an unknown environment or column, or no perturbed training cells.
+    """
+    unknown = [name for name in columns if name not in train.environments]
+    if unknown:
+        raise DataError(f"the environments have no {listing(unknown)}: use some of {listing(train.environments, 20)}")
+    mean = TrainingMean().fit(train)
+    keys: list[Sequence[Any]] = [mean.contexts, *(train.environments[name].astype(str).tolist() for name in columns)]
+    weights = np.zeros((len(environments), len(mean.trained)))
+    for row, e in zip(weights, train.environment_index(*environments).tolist(), strict=True):
+        chosen = list(range(len(mean.trained)))
+        for key in keys:
+            chosen = [t for t in chosen if key[mean.trained[t]] == key[e]] or chosen
+        if not mean.reference[e]:
+            row[chosen] = 1 / len(chosen)
+    return weights
 
 
 def predict_cells(

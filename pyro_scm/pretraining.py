@@ -45,6 +45,10 @@ def transfer(run: Run, cells: EnvironmentDataset, *, genes: str = "shared", seed
 
     Raises:
         ModelError: a composition of the user's own, molecules described by other features, or an unknown option.
+
+    Example:
+        >>> new = transfer(run, cells)  # cells: of another data set, with some of the genes
+        >>> run = ps.fit(new.model, new.guide, cells, start=new, seeds=new.seeds, epochs=1, progress=False)
     """
     if genes not in ("shared", "none"):
         raise ModelError(f"genes = {genes!r}: use 'shared' or 'none'")

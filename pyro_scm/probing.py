@@ -45,6 +45,10 @@ def disentanglement(
 
     Raises:
         DataError: an unknown covariate, or nothing to probe.
+
+    Example:
+        >>> disentanglement(run, cells, permutations=2)["label"].tolist()
+        ['environment', 'environment']
     """
     names = tuple(cells.covariates) if covariates is None else tuple(covariates)
     unknown = [name for name in names if name not in cells.covariates]

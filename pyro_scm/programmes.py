@@ -113,6 +113,10 @@ def gene_programmes(fitted: Fitted, cells: EnvironmentDataset) -> "Programmes":
 
     Raises:
         DataError: no cells.
+
+    Example:
+        >>> set(gene_programmes(run, cells).genes_of("c_0").index) <= set(cells.genes)
+        True
     """
     weights, spread, scale = [], [], []
     for c, chunks in _jacobians(fitted, cells):

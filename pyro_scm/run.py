@@ -104,6 +104,12 @@ class Run:
         settings: of the training.
         stopped: epoch whose parameters each member kept.
         losses: ``[K]`` loss by which members are compared: validation where there was one, else training.
+
+    Example:
+        >>> folder = run.save("run")
+        >>> len(ps.load(folder))
+        2
+        >>> model, guide = run.member(run.best)
     """
 
     model: nn.Module

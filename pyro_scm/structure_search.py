@@ -120,6 +120,14 @@ def learn_graph(
     Raises:
         DataError: shapes that do not fit, values that are not finite, a variable that is never left alone.
         ModelError: an unknown option, or more than 20 variables.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> a = rng.normal(size=400)
+        >>> values = pd.DataFrame({"a": a, "b": 2 * a + rng.normal(size=400)})
+        >>> values.loc[200:, "b"] = rng.normal(size=200)  # environment 1 acts on b
+        >>> list(learn_graph(values, np.repeat([0, 1], 200), [[0, 0], [0, 1]]).graph.edges)
+        [('a', 'b')]
     """
     _chosen("mechanism", mechanism, MECHANISMS)
     _chosen("interventions", interventions, INTERVENTIONS)

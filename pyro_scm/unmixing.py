@@ -108,6 +108,10 @@ def unmix(
         ModelError: a model whose effects are not dense or that has mechanisms that no decoder absorbs, or a guide of
             another kind.
         DataError: too few environments, see `sparse_directions`.
+
+    Example:
+        >>> ps.effects.shifts(unmix(run, cells)).shape  # members and environments, latents
+        (18, 2)
     """
     found = directions(
         run, cells, rank=rank, scales=scales, offset=offset, contrast=contrast, oblique=oblique, starts=starts,
@@ -149,6 +153,11 @@ def refine(
     Raises:
         ModelError: a model whose environments move nothing, or an unknown prior.
         DataError: a spike and slab for fewer than 4 perturbed environments.
+
+    Example:
+        >>> sparse = refine(unmix(run, cells), cells, epochs=1, progress=False)
+        >>> "effects" in sparse.history  # the penalty that keeps effects sparse
+        True
     """
     own = run.settings
     given = {"batch_size": own.batch_size, "clip": own.clip, "weight_decay": own.weight_decay, "schedule": "cosine"}
@@ -283,6 +292,10 @@ def stability(run: Run, *, offset: bool = False) -> pd.DataFrame:
     Raises:
         DataError: a single member.
         ModelError: a model whose environments move nothing.
+
+    Example:
+        >>> stability(unmix(run, cells)).columns.tolist()
+        ['agreement', 'size']
     """
     if len(run) < 2:
         raise DataError("stability compares members: fit two or more, fit(..., seeds=range(5))")

@@ -26,7 +26,7 @@ LAYERS = (
     "shifts regimes masks attention",
     "model",
     # data
-    "data data.checks data.chemistry data.download data.gct",
+    "data data.checks data.chemcpa_files data.chemistry data.download data.gct",
     "data.representations data.l1000 data.stored",
     "data.dataset",
     "data.splits data.single_cell data.synthetic",
@@ -54,9 +54,20 @@ LAYERS = (
     "metrics.distances metrics.recovery",
     "metrics.graph metrics.uncertainty metrics.probe metrics.intervals",
     "metrics",
-    "infer query baselines gate hill conditions effect_spectrum",
-    "comparison mean_predictions posterior contracts report programmes identify unmixing dictionaries",
-    "structure_search latent_recovery probing",
+    "actions conditions",
+    "abduction couplings",
+    "support effect_spectrum",
+    "counterfactuals",
+    "contrasts simulations",
+    "mediation",
+    "infer query baselines gate hill",
+    "soundness counterfactual_recovery comparison mean_predictions posterior_draws posterior_files contracts"
+    " report programmes identify unmixing dictionaries",
+    "structure_search latent_recovery probing posterior criticism.verdicts",
+    "criticism.ranks criticism.predictive criticism.members",
+    "criticism.weights criticism.simulation criticism.coverage",
+    "criticism.suite",
+    "criticism",
     # models with their guides: from here on `guides` is known
     "recipes",
     "evaluation pretraining",
@@ -65,7 +76,7 @@ LAYERS = (
     "cli.parsing cli.outputs",
     "cli.pictures cli.inputs cli.models cli.data cli.demo cli.simulate",
     "cli.runs",
-    "cli.fit cli.predict cli.counterfactual cli.embed cli.identify cli.unmix"
+    "cli.fit cli.check cli.predict cli.counterfactual cli.embed cli.identify cli.unmix"
     " cli.dictionary cli.dose_response cli.interactions cli.scatter",
     "cli.compare",
     "cli.evaluate cli.tune",

@@ -8,16 +8,13 @@ import pytest
 
 import pyro_scm as ps
 from pyro_scm.data import synthetic
+from tests.documents import blocks
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-
-
 def test_example_runs_and_answers() -> None:
-    example, sparse, _, grid = blocks()
+    example, sparse, _, grid = blocks(README)
     namespace: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), namespace)
     worlds, run, idata = namespace["worlds"], namespace["run"], namespace["idata"]
@@ -35,7 +32,7 @@ def test_example_runs_and_answers() -> None:
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
-    _, _, model, _ = blocks()
+    _, _, model, _ = blocks(README)
     path = tmp_path / "my_model.py"
     path.write_text(model)
     return path

@@ -10,6 +10,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 
+from pyro_scm.cli.check import add as add_check
 from pyro_scm.cli.compare import add as add_compare
 from pyro_scm.cli.counterfactual import add as add_counterfactual
 from pyro_scm.cli.data import add as add_data
@@ -55,6 +56,7 @@ VERBS = (
     add_simulate,
     add_fit,
     add_evaluate,
+    add_check,
     add_predict,
     add_counterfactual,
     add_embed,

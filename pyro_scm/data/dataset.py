@@ -116,6 +116,11 @@ class EnvironmentDataset:
 
         Raises:
             DataError: a column, value or number that cannot be used; the message names it.
+
+        Example:
+            >>> cells = EnvironmentDataset.from_anndata(adata, environment="perturbation", control="control")
+            >>> len(cells), len(cells.genes), len(cells.environments)
+            (180, 6, 9)
         """
         stored = adata.uns.get(UNS_KEY)
         if environment is None:

@@ -95,6 +95,11 @@ def leaks(
     Raises:
         DataError: an unknown protocol, or no such column; cell lines or compounds that are not known where the protocol
             is about them.
+
+    Example:
+        >>> from pyro_scm.data import splits
+        >>> leaks(splits.by_environment(cells, held_out=["env_3"]), "perturbation").empty
+        True
     """
     chosen = split.protocol if protocol is None else protocol
     if chosen not in PROTOCOLS:

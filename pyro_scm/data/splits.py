@@ -74,6 +74,11 @@ def by_environment(
 
     Raises:
         DataError: a name that does not exist or is a reference, a fraction that cannot be held out, or a leak.
+
+    Example:
+        >>> split = by_environment(cells, fraction=0.25, seed=0)
+        >>> len(split.train), len(split.test)
+        (140, 40)
     """
     unit = _units(cells, [str(p) for p in cells.environments["perturbation"]])
     sizes = _perturbations_of(cells, unit)

@@ -151,6 +151,11 @@ def simulate(screen: Screen | str | None = None, **settings: Any) -> "AnnData":
 
     Raises:
         DataError: a setting that makes no screen.
+
+    Example:
+        >>> screen = ps.simulate(latent=3, genes=20, environments=7, cells=10)
+        >>> screen.shape, screen.obsm["c"].shape
+        ((70, 20), (70, 3))
     """
     from anndata import AnnData
 

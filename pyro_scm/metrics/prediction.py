@@ -128,6 +128,10 @@ def delta_pearson(
     Returns: the correlation; NaN when either change is constant, as for the prediction of no change at all.
 
     Source: Ahlmann-Eltze, Huber and Anders, Nat. Methods 2025; cell-eval (Arc Institute) ``pearson_delta``.
+
+    Example:
+        >>> round(delta_pearson([1.0, 2.0, 0.0], [2.0, 4.0, 0.0], control=[0.0, 0.0, 0.0]), 6)
+        1.0
     """
     return pearson(*_changes(truth, prediction, control), genes=genes)
 

@@ -64,6 +64,12 @@ def mcc(truth: ArrayLike, inferred: ArrayLike, *, method: Literal["pearson", "sp
         everything; a constant *true* latent makes its own correlation and the score NaN.
 
     Source: Hyvärinen and Morioka, NeurIPS 2016; Khemakhem et al., iVAE, AISTATS 2020.
+
+    Example:
+        >>> z = np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 5.0]])
+        >>> found = mcc(z, -3 * z[:, ::-1])  # in another order, with other signs and scales
+        >>> round(found.score, 6), found.permutation.tolist()
+        (1.0, [1, 0])
     """
     true, found = _latents(truth, inferred)
     one_of(method, "method", ("pearson", "spearman"))

@@ -26,7 +26,6 @@ __all__ = [
     "environment_prior",
     "environment_shift",
     "network_composition",
-    "per_cell",
     "recorded",
     "sparsifier_for",
 ]
@@ -63,11 +62,6 @@ def decoder(
     if shortcut and hidden:
         net = Shortcut(net, inputs, outputs)
     return likelihood_for(schema, net, conditional, likelihood)
-
-
-def per_cell(schema: Schema, likelihood: str | None) -> str | None:
-    """A kind of likelihood; Normal with a variance for each cell where none is given and the data are continuous."""
-    return likelihood or (None if schema.counts else "normal-per-cell")
 
 
 def basal_prior(kind: str, latent: int) -> StandardPrior:

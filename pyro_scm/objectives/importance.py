@@ -25,6 +25,9 @@ class ImportanceWeighted(Objective):
         particles: S.
         kl_weight: see `Objective`.
         penalties: see `Objective`; averaged over the particles.
+
+    Example:
+        >>> run = ps.fit(model, guide, cells, objective=ImportanceWeighted(3), epochs=1, progress=False)
     """
 
     def __init__(

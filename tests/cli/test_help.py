@@ -17,6 +17,7 @@ VERBS = (
     "simulate",
     "fit",
     "evaluate",
+    "check",
     "predict",
     "counterfactual",
     "embed",

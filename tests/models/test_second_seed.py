@@ -94,7 +94,7 @@ def test_fit_predict_counterfactual_embed_and_back_from_disk(name: str, counts: 
 def test_inference_data(name: str) -> None:
     inferred = to_arviz(fitted(name), data(name).subset(range(5)), draws=3)
     assert inferred.posterior["c"].shape == (2, 3, 5, 4)
-    assert inferred.log_likelihood["x"].shape == (2, 3, 5)
+    assert next(iter(inferred.log_likelihood.data_vars.values())).shape == (2, 3, 5)
     assert np.isfinite(inferred.sample_stats["lp"]).all()
 
 
@@ -118,7 +118,7 @@ def test_the_effect_of_a_drug_is_found_in_both_cell_types(name: str) -> None:
 
 # ---------------------------------------------------------------------- each is its composition
 COMPOSITION: dict[str, tuple[type, type | None, type, type]] = {
-    "cpa": (StandardPrior, DosedShift, GaussianPerCell, GaussianEncoder),
+    "cpa": (StandardPrior, DosedShift, Gaussian, GaussianEncoder),
     "chemcpa": (StandardPrior, MoleculeShift, GaussianPerCell, GaussianEncoder),
     "multicpa": (StandardPrior, DosedShift, Gaussian, GaussianEncoder),
     "scgen": (ShiftedPrior, None, Gaussian, GaussianEncoder),
@@ -128,6 +128,11 @@ COMPOSITION: dict[str, tuple[type, type | None, type, type]] = {
     "latent_additive": (StandardPrior, EnvironmentShift, Gaussian, ReferenceEncoder),
     "decoder_only": (NarrowPrior, EnvironmentShift, Gaussian, Fresh),
 }
+
+
+def test_cpa_takes_the_published_variance_of_each_cell() -> None:
+    model, _ = build("cpa", data("cpa"), likelihood="normal-per-cell")
+    assert isinstance(model.likelihoods[0], GaussianPerCell)
 
 
 @pytest.mark.parametrize("name", SECOND_SEED)
