@@ -18,7 +18,7 @@ test-slow: install ; $(BIN)/python -m pytest -m slow
 lint: install    ; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: install   ; $(BIN)/mypy
 # in place, outputs kept; on real cells where PYRO_SCM_DATA names their folder, on simulated ones elsewhere
-notebooks: install ; $(BIN)/python -m notebooks.execute
+notebooks: install ; OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 docs: install    ; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 # every figure at its quick size, two scripts at a time; those of real data where PYRO_SCM_DATA names its folder
 SIMULATED := two_latents five_latents densities hard_interventions counting_algorithm adversarial_prior irm_verdict \
