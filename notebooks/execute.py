@@ -26,6 +26,7 @@ def execute(script: Path) -> Path:
         CellExecutionError: a cell failed; the notebook is then left as it was.
         RuntimeError: its outputs tell the name of a folder of this machine.
     """
+    os.environ.pop("MPLBACKEND", None)  # a backend named there would leave the figures out
     notebook = jupytext.read(script)
     notebook.metadata = nbformat.from_dict(KERNEL)
     for i, cell in enumerate(notebook.cells):
