@@ -142,7 +142,7 @@ class Checks:
         report = Report(title)
         for note in (*notes, self.summary()):
             report.text(note)
-        report.table(self.table.drop(columns=["words", "source"]))
+        report.table(self.table[["value", "verdict", "threshold"]])
         for check in self.checks:
             report.section(f"{check.name}: {check.verdict}", check.words)
             if check.verdict != "not applicable":
