@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,13 +60,7 @@ def alone(fitted: Fitted) -> Iterator[Fitted]:
         yield from members(fitted)
         return
     for k in range(len(fitted)):
-        yield replace(
-            fitted,
-            parameters={name: value[[k]] for name, value in fitted.parameters.items()},
-            seeds=(fitted.seeds[k],),
-            stopped=(fitted.stopped[k],),
-            losses=(fitted.losses[k],),
-        )
+        yield fitted.only(k)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -22,6 +22,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_scm import linear_gaussian
+from pyro_scm.abduction import device_of
 from pyro_scm.chance import forked
 from pyro_scm.data import splits
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -542,7 +543,7 @@ def _objective(model: LatentModel) -> Objective:
 def _bound(model: Any, guide: Any, cells: EnvironmentDataset, particles: int, seed: int) -> FloatArray:
     """Importance-weighted log-likelihood of each cell ``[n]``."""
     parts = []
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with isolated(), forked(), torch.no_grad():
         torch.manual_seed(seed)  # the same noise for both arms
         for start in range(0, len(cells), _CHUNK):

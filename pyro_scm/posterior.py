@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_scm.abduction import device_of
 from pyro_scm.chance import forked
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError, listing
@@ -139,7 +140,7 @@ def _parts(
     size = max(1, _CHUNK // (width * draws * max(particles, 1)))
     for k, (model, guide) in enumerate(members(fitted)):
         torch.manual_seed(seed + k)  # chains must not share their noise
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         shared: dict[str, Tensor] = {}
         for start in range(0, len(cells), size):
             rows = np.arange(start, min(start + size, len(cells)))

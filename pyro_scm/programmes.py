@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_scm.abduction import device_of
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError, listing
 from pyro_scm.query import embed
@@ -68,7 +69,7 @@ def _jacobians(fitted: Fitted, cells: EnvironmentDataset) -> Iterator[tuple[Floa
 
 
 def _chunks(model: Any, c: FloatArray, cells: EnvironmentDataset) -> Iterator[FloatArray]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     for start in range(0, len(c), _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, len(c)))
         batch = cells.labels(rows).to(device)

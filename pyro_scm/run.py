@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -149,6 +149,16 @@ class Run:
                 for name, own in replicated(module).items():
                     own.copy_(self.parameters[f"{prefix}.{name}"][k])
         return model, guide
+
+    def only(self, k: int) -> "Run":
+        """The run with member k alone: latents of different members differ in order, sign and scale."""
+        return replace(
+            self,
+            parameters={name: value[[k]] for name, value in self.parameters.items()},
+            seeds=(self.seeds[k],),
+            stopped=(self.stopped[k],),
+            losses=(self.losses[k],),
+        )
 
     def to(self, device: torch.device | str) -> "Run":
         """Move every tensor to a device."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pyro_scm.cli.inputs import labels
 from pyro_scm.cli.outputs import claim, remark, write_csv, write_h5ad
 from pyro_scm.cli.parsing import COVARIATES, UsageError, Verbs, add_verb, names, natural, path, probability, whole
-from pyro_scm.cli.runs import add_run_options, cells_for, load_run, only_best
+from pyro_scm.cli.runs import add_run_options, cells_for, load_run
 from pyro_scm.errors import listing
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def run(args: Namespace) -> None:
         raise UsageError(f"--of {','.join(args.of)}: there are no such cells in {args.data}")
     where = args.environment and _one(cells, args.environment)
     on_nodes = bool(args.do or args.noise)
-    asked = only_best(fitted) if on_nodes or args.through else fitted
+    asked = fitted.only(fitted.best) if on_nodes or args.through else fitted
     question = {
         "do": dict(args.do) or None,
         "noise": dict(args.noise) or None,

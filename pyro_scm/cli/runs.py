@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pyro_scm.recipes import Recipe
     from pyro_scm.run import Run
 
-__all__ = ["absolute", "add_run_options", "cells_for", "load_run", "make", "only_best", "place", "recipe"]
+__all__ = ["absolute", "add_run_options", "cells_for", "load_run", "make", "place", "recipe"]
 
 
 def add_run_options(parser: Parser, data: bool = True) -> None:
@@ -258,15 +258,3 @@ def place(run: "Run", labels: Sequence[str], values: Any, features: Sequence[str
         if name in column:
             result[:, column[name]] = values[:, j]
     return result
-
-
-def only_best(run: "Run") -> "Run":
-    """The run with its best member alone: latents of different members differ in order, sign and scale."""
-    k = run.best
-    return replace(
-        run,
-        parameters={name: value[[k]] for name, value in run.parameters.items()},
-        seeds=(run.seeds[k],),
-        stopped=(run.stopped[k],),
-        losses=(run.losses[k],),
-    )

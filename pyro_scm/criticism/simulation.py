@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from pyro import poutine
 
+from pyro_scm.abduction import device_of
 from pyro_scm.chance import forked
 from pyro_scm.criticism.ranks import pit, uniformity
 from pyro_scm.criticism.verdicts import Check, skipped
@@ -86,7 +87,7 @@ def sbc_ranks(
 
 
 def _ranks(model: Any, guide: Any, cells: EnvironmentDataset, rows: Any, draws: int, rng: Any) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     batch = cells.batch(rows).to(device)
     shared = Drawn.of(model, guide, batch, 1, {}).shared
     with pyro.plate("draws", 1, dim=-2):

@@ -13,7 +13,6 @@ import torch
 import pyro_scm as ps
 from pyro_scm import evaluation, recipes
 from pyro_scm.cli.inputs import Memory
-from pyro_scm.cli.runs import only_best
 from pyro_scm.data import splits, synthetic
 from pyro_scm.errors import DataError
 from tests.cli.conftest import FIT, SMALL
@@ -410,7 +409,7 @@ def test_environment_asks_all_members(
 
 def test_only_best_is_the_best_member(run: Path) -> None:
     fitted = ps.load(run)
-    alone = only_best(fitted)
+    alone = fitted.only(fitted.best)
     model, _ = alone.member(0)
     expected, _ = fitted.member(fitted.best)
     for (name, a), (_, b) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
