@@ -15,8 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.chemcpa_tables import SMOKE, Sizes, Task, asked, compared, inner, published
 from experiments.launch import Results, data_folder, launch
+from experiments.tables.models import MANY, suite
+from experiments.tables.protocol import SMOKE, Sizes, compared
+from experiments.tables.questions import Question, alike, asked, inner
+from experiments.tables.reports import figure, reported, sentence
 from pyro_scm.data import gct, l1000, splits
 from pyro_scm.data.dataset import EnvironmentDataset
 
@@ -24,7 +27,8 @@ FloatArray: TypeAlias = NDArray[np.float64]
 
 CONTROL = "no change"
 DRUG_MEAN, LINE_MEAN = "mean of the drug", "mean of the line"
-FURTHER = {DRUG_MEAN: ("perturbation",), LINE_MEAN: ("cell_line",)}
+FURTHER = {DRUG_MEAN: alike("perturbation"), LINE_MEAN: alike("cell_line")}
+RECENTRE = ("additive", DRUG_MEAN, "ridge")
 _BOUND = 10.0
 
 
@@ -40,6 +44,12 @@ class Lines(Sizes):
 
     batch_size: int = 32
     fraction: float = 0.3
+    kl_weights: tuple[float, ...] = (10.0, 100.0)
+    latent: int = 30
+    hidden: int = 256
+    epochs: int = 200
+    cells: int = 6
+    precision: str = "bfloat16"
     draw: int = 0
 
     @classmethod
@@ -113,7 +123,7 @@ def held_out_pairs(cells: EnvironmentDataset, fraction: float, seed: int) -> lis
     return [str(n) for n in split.test.environments.index[split.test.present]]
 
 
-def task(config: Lines) -> tuple[Task, Task, pd.DataFrame]:
+def question(config: Lines) -> tuple[Question, Question, pd.DataFrame]:
     """What is scored, what is chosen by, and the noise ceiling."""
     obs, x, genes = signatures()
     cells = read(obs, x, genes)
@@ -154,28 +164,17 @@ def ceiling(obs: pd.DataFrame, x: FloatArray) -> pd.DataFrame:
 
 
 def main(config: Lines) -> Results:
-    made, choosing, limit = task(config)
-    found = compared(made, choosing, config, {"chemcpa": {"molecule": "embedding"}}, further=FURTHER,
-                     recentre=("perturbation",))  # fmt: skip
+    made, choosing, limit = question(config)
+    options = suite(MANY, config.models)
+    if "chemcpa" in options:
+        options["chemcpa"] = {"molecule": "embedding"}
+    found = compared(made, [choosing], config, options, further=FURTHER, recentre=RECENTRE)
     groups = made.train.environments.loc[list(made.names), "perturbation"]
-    row = found.champion_gate().iloc[0]
     text = (
-        f"{len(made.train)} training signatures, {len(made.names)} held-out conditions in "
-        f"{len({tuple(u) for u in made.units.values()})} pairs; champion {found.champion}: {row['difference']:+.3f} "
-        f"[{row['lower']:+.3f}, {row['upper']:+.3f}] against {row['baseline']}, {row['verdict']}."
+        f"{len(made.train)} training signatures, {len({tuple(u) for u in made.units.values()})} pairs held out; "
+        f"{sentence([found])}"
     )
-    return Results(
-        {
-            "published": published(found.comparison, groups),
-            "gate": found.comparison.gate().set_index("model"),
-            "champion": found.champion_gate().set_index("model"),
-            "chosen": found.chosen,
-            "ceiling": limit,
-            "scores": found.comparison.scores,
-        },
-        {"scores": found.comparison.figure()},
-        text,
-    )
+    return Results({**reported("pairs", [found], groups), "ceiling": limit}, {"scores": figure([found])}, text)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from experiments.chemcpa_tables import SMOKE, Sizes, Task, asked, compared, inner, published
 from experiments.known_answers_l1000 import BRAF, MEK, mechanisms
 from experiments.launch import Results, data_folder, launch
+from experiments.tables.models import MANY, UNSEEN, suite
+from experiments.tables.protocol import SMOKE, Sizes, compared
+from experiments.tables.questions import Question, alike, asked, inner
+from experiments.tables.reports import figure, reported, sentence
 from pyro_scm.data import l1000, splits
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError
@@ -37,7 +40,6 @@ PARTS = ("drugs", "mechanism")
 LOW, HIGH = 0.12, 3.3  # uM, the middle of the doses that are taken together
 DOSE_MEAN = "mean of the dose"
 _PATHWAY = "MAPK pathway"
-_UNSEEN = ("scgen",)  # has nothing to say of an unseen drug
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,15 @@ class L1000(Sizes):
     """
 
     parts: tuple[str, ...] = PARTS
-    bits: int = 1024
+    bits: int = 256
+    kl_weights: tuple[float, ...] = (10.0, 100.0)
+    latent: int = 30
+    hidden: int = 512
+    epochs: int = 100
+    batch_size: int = 128
+    cells: int = 30
+    precision: str = "bfloat16"
+    models: tuple[str, ...] = UNSEEN
 
     @classmethod
     def preset(cls, name: str) -> "L1000":
@@ -97,7 +107,7 @@ def read(config: Any, adata: "AnnData | None" = None, representation: Any = ("mo
     )
 
 
-def drugs_task(config: Any, cells: EnvironmentDataset | None = None) -> Task:
+def drugs_question(config: Any, cells: EnvironmentDataset | None = None) -> Question:
     """Compounds of LJP009 that are not on LJP005, under whatever name."""
     cells = read(config, representation="molecules") if cells is None else cells
     table = cells.environments
@@ -115,18 +125,18 @@ def drugs_task(config: Any, cells: EnvironmentDataset | None = None) -> Task:
     return _scored_against(splits.by_environment(cells, held_out=names), cells, theirs, config)
 
 
-def _scored_against(split: splits.Split, cells: EnvironmentDataset, rows: NDArray[np.bool_], config: Any) -> Task:
+def _scored_against(split: splits.Split, cells: EnvironmentDataset, rows: NDArray[np.bool_], config: Any) -> Question:
     """The question, where some vehicle wells are kept out of training."""
     train = split.train.subset(~np.isin(np.asarray(split.train.origin), np.flatnonzero(rows)))
     return asked(replace(split, train=train), config.top, cells.subset(rows))
 
 
-def choosing(task: Task, config: Any, seed: int = 2) -> Task:
+def choosing(question: Question, config: Any, seed: int = 2) -> Question:
     """A fifth of the training drugs, held out."""
-    table = task.train.environments.iloc[task.train.present]
+    table = question.train.environments.iloc[question.train.present]
     drugs = sorted(table.loc[~table["is_reference"], "perturbation"].unique())
     chosen = np.random.default_rng(seed).permutation(drugs)[: max(len(drugs) // 5, 2)]
-    return inner(task, [str(n) for n in table.index[table["perturbation"].isin(chosen)]], config.top)
+    return inner(question, [str(n) for n in table.index[table["perturbation"].isin(chosen)]], config.top)
 
 
 # ---------------------------------------------------------------------- mechanism of action
@@ -138,7 +148,7 @@ def pathway_features(classes: Mapping[str, set[str]], drugs: list[str]) -> pd.Da
     return pd.DataFrame(rows, drugs, [f"mechanism {c}" for c in columns])
 
 
-def mechanism_task(config: Any) -> Task:
+def mechanism_question(config: Any) -> Question:
     """MEK inhibitors held out."""
     adata = wells()
     folder = data_folder("compounds")
@@ -162,13 +172,13 @@ def mechanism_task(config: Any) -> Task:
 
 
 # ---------------------------------------------------------------------- noise ceiling
-def ceiling(task: Task, cells: EnvironmentDataset) -> pd.DataFrame:
+def ceiling(question: Question, cells: EnvironmentDataset) -> pd.DataFrame:
     """Correlation of two wells of one condition, and what knowing the true mean would reach, by dose.
 
     Wells of a condition are neighbours on a plate, and share a position: an upper bound.
     """
     rows = []
-    for name in task.names:
+    for name in question.names:
         x = np.asarray(cells.of(name).x, np.float64)
         if len(x) > 1:
             r = np.corrcoef(x)[np.triu_indices(len(x), 1)].mean()
@@ -181,29 +191,26 @@ def ceiling(task: Task, cells: EnvironmentDataset) -> pd.DataFrame:
 
 def main(config: L1000) -> Results:
     tables: dict[str, pd.DataFrame] = {}
-    figures, texts, scores = {}, [], []
+    figures, texts = {}, []
     for part in config.parts:
         if part not in PARTS:
             raise DataError(f"no part {part!r}: use some of {', '.join(PARTS)}")
-        task = drugs_task(config) if part == "drugs" else mechanism_task(config)
-        sizes = replace(config, models=tuple(m for m in config.models if m not in _UNSEEN))
-        found = compared(task, choosing(task, config), sizes, further={DOSE_MEAN: ("dose",)})
-        groups = task.train.environments.loc[list(task.names), "dose"]
-        tables[f"{part}_published"] = published(found.comparison, groups)
-        tables[f"{part}_gate"] = found.comparison.gate().set_index("model")
-        tables[f"{part}_champion"] = found.champion_gate().set_index("model")
-        tables[f"{part}_chosen"] = found.chosen
-        if part == "drugs":
-            tables["drugs_ceiling"] = ceiling(task, read(config))
-        scores.append(found.comparison.scores.assign(part=part))
-        figures[f"{part}_scores"] = found.comparison.figure()
-        row = found.champion_gate().iloc[0]
-        texts.append(
-            f"{part}: {len(task.train)} training wells, {len(task.names)} conditions, {len(task.train.genes)} genes; "
-            f"champion {found.champion}: {row['difference']:+.3f} [{row['lower']:+.3f}, {row['upper']:+.3f}] against "
-            f"{row['baseline']}, {row['verdict']}."
+        made = drugs_question(config) if part == "drugs" else mechanism_question(config)
+        found = compared(
+            made,
+            [choosing(made, config)],
+            config,
+            suite(MANY, config.models),
+            further={DOSE_MEAN: alike("dose")},
+            recentre=(DOSE_MEAN, "ridge"),
         )
-    return Results({**tables, "scores": pd.concat(scores)}, figures, "\n".join(texts))
+        groups = made.train.environments.loc[list(made.names), "dose"]
+        tables |= reported(part, [found], groups)
+        if part == "drugs":
+            tables["drugs_ceiling"] = ceiling(made, read(config))
+        figures[f"{part}_scores"] = figure([found])
+        texts.append(f"{part}: {len(made.train)} training wells of {len(made.train.genes)} genes; {sentence([found])}")
+    return Results(tables, figures, "\n".join(texts))
 
 
 if __name__ == "__main__":

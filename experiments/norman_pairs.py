@@ -1,10 +1,11 @@
 """Gene activations in K562 cells that were never seen (Norman et al. 2019, CRISPR activation): the suite's models.
 
 Combinations: each condition that others say something about is held out: pairs of which both singles are there, pairs
-of which one is, and singles that a pair and the other single leave over. A condition is described by its parts.
+of which one is, each by itself, and singles that a pair and the other single leave over. A condition is described by
+its parts. Choices are made on the other pairs.
 
 Unseen singles: each single is held out once (k-fold), with all pairs left out, and described by what all activations
-have in common, a constant, and by the gene sets that its target belongs to.
+have in common, a constant, and by the gene sets that its target belongs to. Choices are made on training singles.
 
 Needs PYRO_SCM_DATA with norman_k562/ and networks/.
 """
@@ -12,13 +13,12 @@ Needs PYRO_SCM_DATA with norman_k562/ and networks/.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
-
 from experiments.launch import Results, data_folder, launch
-from experiments.papalexi_thp1 import described, gene_sets, knock_out_features
-from experiments.tables import compared, joined, reported
-from experiments.tables.models import MODELS, suite
+from experiments.papalexi_thp1 import described, gene_sets, in_folds, knock_out_features
+from experiments.tables.models import FEW, suite
+from experiments.tables.protocol import Sizes, compared
+from experiments.tables.questions import Question, asked, inner
+from experiments.tables.reports import figure, reported, sentence
 from pyro_scm.data import splits
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.data.splits import Split
@@ -26,53 +26,35 @@ from pyro_scm.data.splits import Split
 CONTROL = "control"
 PAIRS = ("KLF1+MAP2K6", "MAP2K3+MAP2K6", "CNN1+MAPK1", "SET+KLF1")
 TASKS = ("combinations", "singles")
+RECENTRE = {"combinations": ("training_mean", "additive"), "singles": ("training_mean", "ridge")}
 
 
 @dataclass(frozen=True)
-class Norman:
+class Norman(Sizes):
     """Sizes.
 
     Args:
         tasks: of `TASKS`.
-        models: of the suite.
-        chosen: model or derived prediction that a verdict of its own is about.
         folds: of the singles.
-        latent: of the models.
-        hidden: units of their one hidden layer, and of the guides'.
-        epochs: of training.
-        batch_size: of training.
-        lr: of training.
-        seeds: members of each model.
-        cells: control cells that are put into a condition.
+        chosen_by: folds of the training singles, held out of training in turn to choose by.
     """
 
+    models: tuple[str, ...] = tuple(FEW)
     tasks: tuple[str, ...] = TASKS
-    models: tuple[str, ...] = tuple(MODELS)
-    chosen: str = "cpa, mean of members"
-    folds: int = 3
-    latent: int = 10
-    hidden: int = 64
+    folds: int = 6
+    chosen_by: int = 2
+    kl_weights: tuple[float, ...] = (10.0, 100.0)
     epochs: int = 20
     batch_size: int = 64
     lr: float = 1e-2
-    seeds: tuple[int, ...] = tuple(range(5))
     cells: int = 200
 
     @classmethod
     def preset(cls, name: str) -> "Norman":
         """Sizes of smoke, quick and paper."""
         if name == "smoke":
-            return cls(
-                tasks=("combinations",),
-                models=("cpa",),
-                chosen="cpa",
-                latent=5,
-                hidden=16,
-                epochs=2,
-                seeds=(0, 1),
-                cells=50,
-            )
-        return cls() if name == "paper" else cls(models=("cpa", "translation_vae"), seeds=(0, 1))
+            return cls(tasks=("combinations",), models=("cpa",), latent=5, hidden=16, epochs=2, seeds=(0, 1), cells=50)
+        return cls() if name == "paper" else cls(models=("cpa", "translation_vae"), seeds=(0, 1), folds=3)
 
 
 def read(task: str) -> EnvironmentDataset:
@@ -93,46 +75,38 @@ def parts_held_out(cells: EnvironmentDataset, task: str, folds: int) -> Iterator
     """One split after the other; each condition of the task is held out in one."""
     if task == "combinations":
         # a single and a pair that tells of it cannot be held out together
-        groups = [list(PAIRS), ["KLF1", "MAP2K3"], ["MAP2K6"]]
+        groups = [*([pair] for pair in PAIRS), ["KLF1", "MAP2K3"], ["MAP2K6"]]
     else:
         names = [str(n) for n in cells.environments.index[~cells.reference]]
-        groups = [list(g) for g in np.array_split(np.random.default_rng(0).permutation(names), folds)]
+        groups = in_folds(names, folds)
     for group in groups:
         yield splits.by_environment(cells, held_out=group)
 
 
+def choosing(question: Question, task: str, number: int) -> list[Question]:
+    """Other pairs at once, or singles in folds, to choose by."""
+    train = question.train
+    names = [str(train.environments.index[e]) for e in train.present if not train.reference[e]]
+    if task == "combinations":
+        return [inner(question, [name for name in names if name in PAIRS])]
+    return [inner(question, fold) for fold in in_folds(names, number)]
+
+
 def main(config: Norman) -> Results:
-    models = suite(
-        config.models,
-        latent=config.latent,
-        hidden=(config.hidden,),
-        guide_hidden=(config.hidden,),
-        shortcut=True,
-        likelihood="normal",
-    )
-    tables: dict[str, pd.DataFrame] = {}
-    figures, scores = {}, {}
+    options = suite(FEW, config.models, shortcut=True)
+    tables, figures, texts = {}, {}, []
     for task in config.tasks:
         parts = []
         for split in parts_held_out(read(task), task, config.folds):
             print(f"{task}: {', '.join(map(str, split.held_out))} held out", flush=True)
-            found = compared(
-                split,
-                models,
-                seeds=config.seeds,
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-                lr=config.lr,
-                schedule="cosine",
-                cells=config.cells,
+            question = asked(split, config.top)
+            parts.append(
+                compared(question, choosing(question, task, config.chosen_by), config, options, recentre=RECENTRE[task])
             )
-            parts.append(found)
-            print(found.brief(("delta_pearson",)).to_string(), flush=True)
-        own, drawn = reported(task, parts, (config.chosen,))
-        tables, figures = tables | own, figures | drawn
-        scores[task] = joined(parts).scores
-    tables["scores"] = pd.concat(scores, names=["task"]).reset_index("task").reset_index(drop=True)
-    return Results(tables, figures, "Held-out conditions of K562 cells, 500 genes, 50 control cells to train on.")
+        tables |= reported(task, parts)
+        figures[task] = figure(parts)
+        texts.append(f"{task}: {sentence(parts)}")
+    return Results(tables, figures, "\n".join(texts))
 
 
 if __name__ == "__main__":

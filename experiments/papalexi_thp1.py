@@ -9,7 +9,7 @@ IFNGR1, IFNGR2, JAK2 and STAT1 share a latent, and does CAV1, a negative control
 Needs PYRO_SCM_DATA with papalexi_thp1/ and networks/.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from experiments.launch import Results, data_folder, launch
-from experiments.tables import compared, joined, reported, with_baselines
-from experiments.tables.models import MODELS, suite
+from experiments.tables.models import FEW, suite
+from experiments.tables.protocol import Sizes, compared
+from experiments.tables.questions import asked, inner
+from experiments.tables.reports import figure, reported, sentence
 from pyro_scm import infer, query, recipes
-from pyro_scm.baselines import BASELINES
 from pyro_scm.data import splits
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.run import Run
@@ -30,49 +31,48 @@ NEGATIVE = "CAV1"
 
 
 @dataclass(frozen=True)
-class Papalexi:
+class Papalexi(Sizes):
     """Sizes.
 
     Args:
-        models: of the suite.
-        chosen: model or derived prediction that a verdict of its own is about.
         folds: of the knock-outs.
-        latent: of the models.
-        hidden: units of their one hidden layer, and of the guides'.
-        most: training cells of a knock-out that the models of the table see.
-        table_epochs: of these models.
-        table_batch_size: of these models.
-        table_lr: of these models.
-        epochs: of the model of all cells.
-        batch_size: of the model of all cells.
-        lr: of the model of all cells.
-        seeds: members of each model.
-        cells: read.
+        chosen_by: folds of the training knock-outs, held out of training in turn to choose by.
+        read: cells of the file.
+        effects_epochs: of the model of all cells.
+        effects_batch_size: of that model.
+        effects_lr: of that model.
     """
 
-    models: tuple[str, ...] = tuple(MODELS)
-    chosen: str = "cpa, mean of members"
+    models: tuple[str, ...] = tuple(FEW)
     folds: int = 5
-    latent: int = 10
-    hidden: int = 64
+    chosen_by: int = 2
+    kl_weights: tuple[float, ...] = (10.0, 100.0)
     most: int = 150
-    table_epochs: int = 10
-    table_batch_size: int = 64
-    table_lr: float = 1e-2
-    epochs: int = 20
-    batch_size: int = 256
-    lr: float = 3e-3
-    seeds: tuple[int, ...] = tuple(range(5))
-    cells: int = 20000
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float = 1e-2
+    cells: int = 200
+    read: int = 20000
+    effects_epochs: int = 20
+    effects_batch_size: int = 256
+    effects_lr: float = 3e-3
 
     @classmethod
     def preset(cls, name: str) -> "Papalexi":
         """Sizes of smoke, quick and paper."""
         if name == "smoke":
             return cls(
-                models=("cpa",), chosen="cpa", epochs=1, table_epochs=1, seeds=(0,), cells=1500, most=50, hidden=16
-            )
-        return cls() if name == "paper" else cls(models=("cpa", "translation_vae"), epochs=10, cells=3000, seeds=(0, 1))
+                models=("cpa",), epochs=1, effects_epochs=1, seeds=(0,), read=1500, most=50, hidden=16, chosen_by=1,
+                cells=50,
+            )  # fmt: skip
+        own = ("cpa", "translation_vae")
+        return cls() if name == "paper" else cls(models=own, effects_epochs=10, read=3000, seeds=(0, 1))
+
+
+def in_folds(names: list[str], number: int) -> list[list[str]]:
+    """Names in random folds; a single fold is a fifth of them."""
+    order = np.random.default_rng(0).permutation(sorted(names))
+    return [list(map(str, fold)) for fold in np.array_split(order, number if number > 1 else 5)][:number]
 
 
 def gene_sets(folder: Path, largest: int = 500) -> dict[str, set[str]]:
@@ -102,19 +102,13 @@ def described(features: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([pd.Series(1.0, features.index, name="common"), features], axis=1)
 
 
-def at_most(cells: EnvironmentDataset, number: int) -> EnvironmentDataset:
-    """The cells with so many of each environment, drawn at random; of references all."""
-    place = pd.Series(np.random.default_rng(0).random(len(cells))).groupby(cells.env).rank().to_numpy()
-    return cells.subset((place <= number) | cells.reference[cells.env])
-
-
 def read(config: Papalexi) -> EnvironmentDataset:
     """The cells, with gene-set features of the knock-outs."""
     import anndata
 
     adata = anndata.read_h5ad(data_folder("papalexi_thp1") / "papalexi_thp1_rep12_counts.h5ad")
-    if config.cells < adata.n_obs:
-        adata = adata[np.random.default_rng(0).choice(adata.n_obs, config.cells, replace=False)].copy()
+    if config.read < adata.n_obs:
+        adata = adata[np.random.default_rng(0).choice(adata.n_obs, config.read, replace=False)].copy()
     targets = sorted(g for g in adata.obs["grna_target"].unique() if g != "non-targeting")
     return EnvironmentDataset.from_anndata(
         adata,
@@ -127,53 +121,26 @@ def read(config: Papalexi) -> EnvironmentDataset:
 
 def main(config: Papalexi) -> Results:
     cells = read(config)
-    training = {"epochs": config.epochs, "batch_size": config.batch_size, "lr": config.lr, "schedule": "cosine"}
-    hidden = (config.hidden,)
-    models = suite(
-        config.models,
-        covariates=("bio_rep",),
-        latent=config.latent,
-        hidden=hidden,
-        guide_hidden=hidden,
-        shortcut=True,
-    )
+    options = suite(FEW, config.models, covariates=("bio_rep",), shortcut=True)
     names = [str(n) for n in cells.environments.index[~cells.reference]]
-    folds = np.array_split(np.random.default_rng(0).permutation(names), config.folds)
     parts = []
-    for i, fold in enumerate(folds):
-        print(f"fold {i + 1} of {len(folds)}: {', '.join(fold)}", flush=True)
-        split = splits.by_environment(cells, held_out=list(fold))
-        found = compared(
-            replace(split, train=at_most(split.train, config.most)),
-            models,
-            baselines=(),
-            seeds=config.seeds,
-            epochs=config.table_epochs,
-            batch_size=config.table_batch_size,
-            lr=config.table_lr,
-            schedule="cosine",
-            cells=200,
-        )
-        parts.append(with_baselines(found, split, tuple(BASELINES)))
-        print(parts[-1].brief(("delta_pearson",)).to_string(), flush=True)
-    tables, figures = reported("knock_outs", parts, (config.chosen,))
-    every = joined(parts).scores
-    run, effects = latent_effects(cells, config, training)
+    for i, fold in enumerate(in_folds(names, config.folds)):
+        print(f"fold {i + 1} of {config.folds}: {', '.join(fold)}", flush=True)
+        question = asked(splits.by_environment(cells, held_out=fold), config.top)
+        table = question.train.environments.iloc[question.train.present]
+        seen = [str(n) for n in table.index[~table["is_reference"]]]
+        inside = [inner(question, own) for own in in_folds(seen, config.chosen_by)]
+        parts.append(compared(question, inside, config, options, recentre=("training_mean", "ridge")))
+    run, effects = latent_effects(cells, config)
     member = effects.xs(config.seeds[run.best], level="seed")
     return Results(
-        tables={
-            **tables,
-            "pathway": pathway(effects),
-            "scores": every[every["kind"].isin(["baseline", "model"])],
-            "derived_scores": every[~every["kind"].isin(["baseline", "model"])],
-            "latent_effects": member,
-        },
-        figures={**figures, "latent_effects": heat_map(member)},
-        text=f"{len(cells)} cells, {len(names)} knock-outs each held out once in {config.folds} folds.",
+        tables={**reported("knock_outs", parts), "pathway": pathway(effects), "latent_effects": member},
+        figures={"knock_outs": figure(parts), "latent_effects": heat_map(member)},
+        text=f"{len(cells)} cells, each knock-out held out once in {config.folds} folds: {sentence(parts)}",
     )
 
 
-def latent_effects(cells: EnvironmentDataset, config: Papalexi, training: dict[str, Any]) -> tuple[Run, pd.DataFrame]:
+def latent_effects(cells: EnvironmentDataset, config: Papalexi) -> tuple[Run, pd.DataFrame]:
     """Mean noise z of each knock-out minus that of its reference, in standard deviations of the reference cells.
 
     Rows: seed and knock-out; columns: latents.
@@ -182,7 +149,10 @@ def latent_effects(cells: EnvironmentDataset, config: Papalexi, training: dict[s
     model, guide = recipes.make(
         "environment_vae", one_hot.schema, latent=config.latent, hidden=(config.hidden,), scale=False
     )
-    run = infer.fit(model, guide, one_hot, seeds=config.seeds, **training)
+    run = infer.fit(
+        model, guide, one_hot, seeds=config.seeds, epochs=config.effects_epochs, batch_size=config.effects_batch_size,
+        lr=config.effects_lr, schedule="cosine",
+    )  # fmt: skip
     z = query.embed(run, one_hot)["z"]
     control = one_hot.reference[one_hot.env]
     frames = {}

@@ -21,10 +21,12 @@ import numpy as np
 import pandas as pd
 
 from experiments import l1000_unseen_drugs, tggates_doses
-from experiments.chemcpa_tables import SMOKE, Sizes, Task, baseline_changes, published, trained, variants
 from experiments.launch import Results, data_folder, launch
+from experiments.tables.protocol import ENSEMBLE, SMOKE, Sizes, compared, trained, with_run
+from experiments.tables.questions import Question, alike
+from experiments.tables.reports import figure, published
 from pyro_scm import gate
-from pyro_scm.comparison import COLUMNS, Comparison
+from pyro_scm.comparison import Comparison
 from pyro_scm.data import chemistry
 from pyro_scm.data.dataset import EnvironmentDataset
 from pyro_scm.errors import DataError
@@ -34,6 +36,7 @@ from pyro_scm.run import Run
 CONTROL = "control"
 SCRATCH, FULL, MOLECULES = "from scratch", "pre-trained", "pre-trained, molecules alone"
 TARGETS = ("a375", "tggates")
+DOSE_MEAN = "mean of the dose"
 _BOUND = 10.0  # of consensus signatures, as LINCS clips z-scores
 
 
@@ -42,13 +45,21 @@ class Pretraining(Sizes):
     """Sizes.
 
     Args:
+        kl_weights: the first counts.
         batch_size: smaller than elsewhere: with 256 of 399 wells a step, 80 steps taught chemcpa next to nothing.
         targets: of `TARGETS`.
         pretraining_epochs: on the consensus signatures.
         bits: of fingerprints.
     """
 
-    batch_size: int = 64
+    models: tuple[str, ...] = ("chemcpa",)
+    kl_weights: tuple[float, ...] = (100.0,)
+    latent: int = 30
+    hidden: int = 512
+    epochs: int = 100
+    cells: int = 30
+    precision: str = "bfloat16"
+    batch_size: int = 128
     targets: tuple[str, ...] = TARGETS
     pretraining_epochs: int = 60
     bits: int = 256
@@ -90,30 +101,30 @@ def consensus(left_out: Collection[str], bits: int) -> EnvironmentDataset:
     )
 
 
-def by_entrez(task: Task) -> Task:
+def by_entrez(question: Question) -> Question:
     """The question with its genes named by Entrez number, so that both data sets name them alike."""
     folder = data_folder("l1000_consensus")
     genes = pd.read_csv(folder / "genes.tsv", sep="\t")
     known = dict(zip(genes["symbol"].astype(str), genes["entrez_gene_id"].astype(str), strict=True))
-    names = [known.get(g, g) for g in task.train.genes]
+    names = [known.get(g, g) for g in question.train.genes]
     if len(set(names)) < len(names):
         raise DataError("two genes of the target have one Entrez number: name them apart")
-    var = task.train.var.set_axis(pd.Index(names))
-    return replace(task, train=replace(task.train, var=var))
+    var = question.train.var.set_axis(pd.Index(names))
+    return replace(question, train=replace(question.train, var=var))
 
 
-def target(name: str, config: Pretraining) -> Task:
+def target(name: str, config: Pretraining) -> Question:
     """What is scored."""
     if name == "a375":
-        return by_entrez(l1000_unseen_drugs.drugs_task(config))
+        return by_entrez(l1000_unseen_drugs.drugs_question(config))
     if name == "tggates":
-        return by_entrez(tggates_doses.task("drugs", tggates_doses.Doses(bits=config.bits))[0])
+        return by_entrez(tggates_doses.question("drugs", tggates_doses.Doses(bits=config.bits))[0])
     raise DataError(f"no target {name!r}: use some of {', '.join(TARGETS)}")
 
 
-def arms(task: Task, config: Pretraining) -> tuple[dict[str, Run], pd.DataFrame]:
+def arms(question: Question, config: Pretraining) -> tuple[dict[str, Run], pd.DataFrame]:
     """An ensemble for each way, and how long it took."""
-    table = task.train.environments.loc[list(task.names)]
+    table = question.train.environments.loc[list(question.names)]
     own = consensus(
         {compound_key(str(s), str(n)) for n, s in zip(table.index, table["smiles"], strict=True)}, config.bits
     )
@@ -121,16 +132,16 @@ def arms(task: Task, config: Pretraining) -> tuple[dict[str, Run], pd.DataFrame]
 
     def timed(name: str, cells: EnvironmentDataset, **options: Any) -> Run:
         started = time.process_time()
-        run = trained("chemcpa", cells, config, {}, config.seeds, **options)
+        run = trained("chemcpa", cells, config, {}, config.seeds, kl_weight=config.kl_weights[0], **options)
         rows[name] = {"cells": len(cells), "fit_cpu_s": time.process_time() - started}
         return run
 
     before = timed("pre-training", own, epochs=config.pretraining_epochs)
-    runs = {SCRATCH: timed(SCRATCH, task.train)}
+    runs = {SCRATCH: timed(SCRATCH, question.train)}
     for name, genes in ((FULL, "shared"), (MOLECULES, "none")):
-        moved = transfer(before, task.train, genes=genes)
-        runs[name] = timed(name, task.train, start=moved)
-    shared = len(set(own.genes) & set(task.train.genes))
+        moved = transfer(before, question.train, genes=genes)
+        runs[name] = timed(name, question.train, start=moved)
+    shared = len(set(own.genes) & set(question.train.genes))
     return runs, pd.DataFrame.from_dict(rows, orient="index").assign(shared_genes=shared).rename_axis("fit")
 
 
@@ -151,31 +162,25 @@ def paired(comparison: Comparison, kind: str, metric: str) -> pd.DataFrame:
 def main(config: Pretraining) -> Results:
     tables, figures, texts = {}, {}, []
     for name in config.targets:
-        task = target(name, config)
-        runs, seconds = arms(task, config)
-        rows = [r for b, change in baseline_changes(task, {"mean of the dose": ("time", "dose")}).items()
-                for r in task.rows(b, "baseline", -1, change)]  # fmt: skip
-        kinds: list[str] = []
+        question = target(name, config)
+        runs, seconds = arms(question, config)
+        found = compared(question, [], config, {}, further={DOSE_MEAN: alike("time", "dose")}, recentre=())
+        on = {DOSE_MEAN: found.baselines[DOSE_MEAN]}
         for way, run in runs.items():
-            for variant, several in variants(run, task, way, config, ("dose",)).items():
-                kinds.append(variant.removeprefix(way))
-                seeds = config.seeds if len(several) == len(config.seeds) else (-1,)
-                rows += [
-                    r for s, change in zip(seeds, several, strict=True) for r in task.rows(variant, "model", s, change)
-                ]
-        comparison = Comparison(pd.DataFrame(rows, columns=COLUMNS), config={"units": task.units})
-        groups = task.train.environments.loc[list(task.names), "dose"]
-        gain = pd.concat([paired(comparison, k, m) for k in dict.fromkeys(kinds) for m in ("delta_pearson", "rmse")])
-        tables[f"{name}_published"] = published(comparison, groups)
+            found = with_run(found, question, way, run, config, on)
+        kinds = [n.removeprefix(SCRATCH) for n in found.changes if n.startswith(SCRATCH)]
+        gain = pd.concat([paired(found.comparison, k, m) for k in kinds for m in ("delta_pearson", "rmse")])
+        tables[f"{name}_published"] = published(
+            found.comparison, question.train.environments.loc[list(question.names), "dose"]
+        )
         tables[f"{name}_gain"] = gain.drop(columns="enough").set_index(["model", "metric"])
-        tables[f"{name}_gate"] = comparison.gate().set_index("model")
         tables[f"{name}_seconds"] = seconds
-        tables[f"{name}_scores"] = comparison.scores
-        figures[f"{name}_scores"] = comparison.figure()
-        first = gain[(gain["metric"] == "delta_pearson")].iloc[0]
+        tables[f"{name}_scores"] = found.comparison.scores
+        figures[f"{name}_scores"] = figure([found])
+        first = gain[(gain["metric"] == "delta_pearson") & gain["model"].str.startswith(f"{FULL}{ENSEMBLE}")].iloc[0]
         texts.append(
-            f"{name}: {len(task.names)} conditions of {len({*map(tuple, task.units.values())})} drugs; Pearson delta, "
-            f"{first['model']} - {first['baseline']}: "
+            f"{name}: {len(question.names)} conditions of {len({*map(tuple, question.units.values())})} drugs; Pearson "
+            f"delta, {first['model']} - {first['baseline']}: "
             f"{first['difference']:+.3f} [{first['lower']:+.3f}, {first['upper']:+.3f}]."
         )
     return Results(tables, figures, "\n".join(texts))

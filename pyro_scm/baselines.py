@@ -5,6 +5,7 @@ cells of the environment's own context (time and cell line), and the change is a
 Expression is normalised as in `EnvironmentDataset.normalised`, at the training cells' median library size.
 """
 
+import copy
 from collections.abc import Hashable, Sequence
 from typing import Any, Self, TypeAlias, cast
 
@@ -20,6 +21,7 @@ __all__ = [
     "BASELINES",
     "Additive",
     "Baseline",
+    "MeanAlike",
     "NearestEnvironment",
     "NoChange",
     "Ridge",
@@ -154,11 +156,48 @@ class Baseline:
         if not hasattr(self, "control"):
             raise ModelError(f"{type(self).__name__} is not fitted: call fit(train) first")
         index = self.known.environment_index(*environments)
-        prediction = self.control[index]
-        for row, e in zip(prediction, index.tolist(), strict=True):
+        return self.control[index] + self._of(index)
+
+    def of_rest(self, predicted: FloatArray, environments: Sequence[str]) -> FloatArray:
+        """What the baseline says of the named environments when it is told what a model missed in training.
+
+        It is fitted anew to measured - predicted change of the training environments in place of the change. Added to
+        the model's prediction, this makes of a model that knows nothing the baseline itself, and leaves of a model
+        whatever the baseline cannot say.
+
+        Args:
+            predicted: ``[T, G]`` a model's mean normalised expression in the T training environments, in the order of
+                `trained_names`.
+            environments: names.
+
+        Returns:
+            ``[len(environments), G]``, 0 in reference environments.
+
+        Raises:
+            DataError: no such environment, or predictions of another shape.
+        """
+        if predicted.shape != self.changes.shape:
+            raise DataError(
+                f"predictions of shape {predicted.shape} for {self.changes.shape[0]} training environments and "
+                f"{self.changes.shape[1]} genes: give one row for each of trained_names, in their order"
+            )
+        rest = copy.copy(self)
+        rest.changes = self.changes + self.control[self.trained] - predicted
+        rest._learn()
+        return rest._of(self.known.environment_index(*environments))
+
+    @property
+    def trained_names(self) -> list[str]:
+        """The T perturbed environments that have training cells."""
+        return [str(self.known.environments.index[e]) for e in self.trained]
+
+    def _of(self, index: NDArray[np.int64]) -> FloatArray:
+        """Changes of environments by row number; none of a reference."""
+        result = np.zeros((len(index), self.control.shape[1]))
+        for row, e in zip(result, index.tolist(), strict=True):
             if not self.reference[e]:
                 row += self._change(e)
-        return prediction
+        return result
 
     def _learn(self) -> None:
         """Nothing beyond the mean changes."""
@@ -200,6 +239,35 @@ class TrainingMean(Baseline):
 
     def _change(self, environment: int) -> FloatArray:
         return self._typical(environment)
+
+
+class MeanAlike(Baseline):
+    """mean_e = control + mean change of the training environments that agree with e in columns of the table.
+
+    ``("perturbation", "time")`` is the mean of a drug's other doses at that time, ``("dose",)`` of all drugs at that
+    dose. The columns count in turn, and each is passed over where no training environment would be left.
+
+    Args:
+        columns: of the environment table; none for the mean of all.
+    """
+
+    def __init__(self, columns: Sequence[str] = ()) -> None:
+        self.columns = tuple(columns)
+
+    def _learn(self) -> None:
+        self._need_perturbed()
+        table = self.known.environments
+        unknown = [name for name in self.columns if name not in table]
+        if unknown:
+            raise DataError(f"the environments have no {listing(unknown)}: use some of {listing(table, 20)}")
+        self.keys = [table[name].astype(str).tolist() for name in self.columns]
+
+    def _change(self, environment: int) -> FloatArray:
+        chosen = list(range(len(self.trained)))
+        for key in self.keys:
+            chosen = [t for t in chosen if key[self.trained[t]] == key[environment]] or chosen
+        mean: FloatArray = self.changes[chosen].mean(axis=0)
+        return mean
 
 
 class Additive(Baseline):

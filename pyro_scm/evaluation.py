@@ -310,7 +310,7 @@ def compare(
     protocol: str | None = None,
     plate: str | None = None,
     distances: bool = False,
-    recentre: bool | Sequence[str] = False,
+    recentre: bool | str | Sequence[str] = False,
     progress: bool | None = None,
     **fit_options: Any,
 ) -> Comparison:
@@ -339,8 +339,10 @@ def compare(
         plate: obs column of the plate, where plates are said to be unseen.
         distances: whether to draw cells too and score their distribution: energy_distance and mmd (unbiased, see
             `metrics`) and variance_r2. A baseline's cells are the reference cells, moved by its change.
-        recentre: whether to score each model a second time, as ``"NAME, recentred"``, with the common change measured
-            instead of predicted; see `predict_means`.
+        recentre: whether to score each model a second time, as ``"NAME, recentred"``, with what a simple baseline makes
+            of its errors in training environments added: the training mean (True), whereby the common change is
+            measured instead of predicted, another baseline by name, or the mean over environments that are alike in
+            columns, such as ``("dose",)``; see `predict_means`.
         progress: see `fit`.
         **fit_options: more of `fit`.
 
@@ -382,7 +384,7 @@ def evaluate(
     protocol: str | None = None,
     plate: str | None = None,
     distances: bool = False,
-    recentre: bool | Sequence[str] = False,
+    recentre: bool | str | Sequence[str] = False,
 ) -> Comparison:
     """Score runs that are fitted already beside baselines, as `compare` does.
 
@@ -493,7 +495,7 @@ def _model_scores(
 
 
 def _recentred_rows(
-    name: str, run: Run, task: _Task, cells: int, seed: int, recentre: bool | Sequence[str]
+    name: str, run: Run, task: _Task, cells: int, seed: int, recentre: bool | str | Sequence[str]
 ) -> Iterator[tuple[str, str, int, str, str, float]]:
     """Rows of `Comparison.scores` for a model's recentred predictions."""
     predicted = predict_means(run, task.train, task.environments, cells=cells, seed=seed, recentre=recentre)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_scm.baselines import TrainingMean, controls, matched_references
+from pyro_scm.baselines import BASELINES, Baseline, MeanAlike, TrainingMean, controls, matched_references
 from pyro_scm.batch import Batch
 from pyro_scm.chance import forked
 from pyro_scm.data.dataset import EnvironmentDataset
@@ -20,7 +20,7 @@ from pyro_scm.query import isolated, transport
 from pyro_scm.run import Environments, Fitted, Run, members
 from pyro_scm.sites import X
 
-__all__ = ["alike", "log_expression", "on_device", "predict_cells", "predict_means", "reference_cells"]
+__all__ = ["log_expression", "on_device", "predict_cells", "predict_means", "recentring", "reference_cells"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def predict_means(
     *,
     cells: int = 500,
     seed: int = 0,
-    recentre: bool | Sequence[str] = False,
+    recentre: bool | str | Sequence[str] = False,
 ) -> FloatArray:
     """Control + mean over reference cells of (expression in e - reconstructed expression), each cell's noise held.
 
@@ -54,8 +54,10 @@ def predict_means(
         cells: reference cells to use of each set, drawn at random where there are more. Where there are fewer, each is
             used with several draws of its posterior.
         seed: of these draws.
-        recentre: see above; or columns in which the training environments are to be alike too, such as ``("dose",)``.
-            `train` needs the perturbed cells then.
+        recentre: whether a simple baseline is to say what the model missed in the training environments, and this to
+            be added (`Baseline.of_rest`): True for the training mean, whereby the common change is measured instead of
+            predicted and the model says the rest; or the name of another baseline; or columns in which environments
+            are alike, such as ``("dose",)`` (`MeanAlike`). `train` needs the perturbed cells then.
 
     Returns:
         ``[K, len(environments), G]`` mean normalised expression, at the median library size of `train`.
@@ -72,13 +74,10 @@ def predict_means(
             "give cells with the run's genes in their order"
         )
     if recentre:
-        mean = TrainingMean().fit(train)
-        weights = alike(train, environments, () if recentre is True else recentre)
-        used = weights.any(axis=0)  # the others need not be predicted
-        seen = [str(train.environments.index[e]) for e in mean.trained[used]]
-        found = predict_means(run, train, [*environments, *seen], cells=cells, seed=seed)
+        baseline = recentring(recentre).fit(train)
+        found = predict_means(run, train, [*environments, *baseline.trained_names], cells=cells, seed=seed)
         plain, again = found[:, : len(environments)], found[:, len(environments) :]
-        return plain + weights[:, used] @ ((mean.changes + mean.control[mean.trained])[used] - again)
+        return plain + np.stack([baseline.of_rest(own, environments) for own in again])
     sets = matched_references(train, environments)
     depth = train.schema.summary.depth
     table = run.environments if isinstance(run, Run) else Environments.of(train)
@@ -98,34 +97,24 @@ def predict_means(
     return result
 
 
-def alike(train: EnvironmentDataset, environments: Sequence[str], columns: Sequence[str] = ()) -> FloatArray:
-    """Weights of the training environments that are like each environment, for means over them.
+def recentring(on: str | Sequence[str] | bool) -> Baseline:
+    """The baseline that predictions are recentred on.
 
     Args:
-        train: training cells, of T perturbed environments.
-        environments: names.
-        columns: of the environment table, such as ``"dose"``, in which they are to agree besides time and cell line;
-            each is passed over where no training environment would be left.
-
-    Returns:
-        ``[len(environments), T]``, in the order of the environment table: rows sum to 1, of references to 0.
+        on: True for the training mean; a name in `pyro_scm.baselines.BASELINES`; or columns of `MeanAlike`.
 
     Raises:
-        DataError: an unknown environment or column, or no perturbed training cells.
+        DataError: no such baseline.
     """
-    unknown = [name for name in columns if name not in train.environments]
-    if unknown:
-        raise DataError(f"the environments have no {listing(unknown)}: use some of {listing(train.environments, 20)}")
-    mean = TrainingMean().fit(train)
-    keys: list[Sequence[Any]] = [mean.contexts, *(train.environments[name].astype(str).tolist() for name in columns)]
-    weights = np.zeros((len(environments), len(mean.trained)))
-    for row, e in zip(weights, train.environment_index(*environments).tolist(), strict=True):
-        chosen = list(range(len(mean.trained)))
-        for key in keys:
-            chosen = [t for t in chosen if key[mean.trained[t]] == key[e]] or chosen
-        if not mean.reference[e]:
-            row[chosen] = 1 / len(chosen)
-    return weights
+    if on is True:
+        return TrainingMean()
+    if isinstance(on, str):
+        if on not in BASELINES:
+            raise DataError(
+                f"recentre = {on!r}: use one of {listing(BASELINES)}, or columns of the environments, such as ('dose',)"
+            )
+        return BASELINES[on]()
+    return MeanAlike(on or ())
 
 
 def predict_cells(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyro_scm.data.splits import Split
     from pyro_scm.evaluation import Comparison
 
-__all__ = ["add", "add_claim_options", "show"]
+__all__ = ["add", "add_claim_options", "recentring", "show"]
 
 DESCRIPTION = """\
 Fit several models on the same cells and score what they say of environments that none of them has seen, beside simple
@@ -136,6 +136,13 @@ def add_claim_options(group: Any) -> None:
         action="store_true",
         help="draw cells too and score their distribution: energy_distance, mmd, variance_r2",
     )
+    group.add_argument(
+        "--recentre",
+        metavar="BASELINE|COLUMN,...",
+        help="score each model a second time, as 'NAME, recentred', with what a simple baseline makes of the model's "
+        "errors in training environments added: training_mean (the common change is measured instead of predicted), "
+        "additive, ridge, nearest; or the mean over those alike in columns, such as dose or time,dose",
+    )
     group.add_argument("--plate", metavar="COLUMN", help="obs column of plates or batches that are said to be unseen")
 
 
@@ -163,6 +170,7 @@ def run(args: Namespace) -> None:
         protocol=args.protocol,
         plate=args.plate,
         distances=args.distances,
+        recentre=recentring(args),
         device=args.device,
         progress=False if args.quiet else None,
         **settings,
@@ -177,6 +185,15 @@ def run(args: Namespace) -> None:
         Memory(data, held_out, args.validation_fraction or 0.0, args.genes, source, given, settings).save(out / label)
     show(comparison, args)
     remark(args, f"tables, figure and runs saved in {out}")
+
+
+def recentring(args: Namespace) -> str | tuple[str, ...] | bool:
+    """A baseline's name, or columns of the environment table."""
+    from pyro_scm.baselines import BASELINES
+
+    if not args.recentre:
+        return False
+    return args.recentre if args.recentre in BASELINES else tuple(args.recentre.split(","))
 
 
 def chosen(args: Namespace) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from pyro_scm.cli.compare import add_claim_options, show
+from pyro_scm.cli.compare import add_claim_options, recentring, show
 from pyro_scm.cli.inputs import environments, labels
 from pyro_scm.cli.outputs import claim, remark, write_csv
 from pyro_scm.cli.parsing import UsageError, Verbs, add_verb, natural, path
@@ -85,6 +85,7 @@ def run(args: Namespace) -> None:
             protocol=args.protocol,
             plate=args.plate,
             distances=args.distances,
+            recentre=recentring(args),
         )
     except DataError as error:
         raise DataError(f"{args.data}: {error}") from error

@@ -101,6 +101,7 @@ QUESTIONS = {
     "counterfactual RUN SIM --environment env_9 --out OUT/c.h5ad": "no environment 'env_9'",
     "counterfactual RUN SIM --do c_1=1 --of env_9 --out OUT/c.h5ad": "no environment 'env_9'",
     "evaluate RUN SIM --hold-out control": "SIM: 'control' is a reference",
+    "evaluate RUN SIM --degs 0 --recentre ridges": "SIM: the environments have no 'ridges': use some of",
     "compare SIM --models vaz FIT --hold-out env_1 --out OUT": "unknown model 'vaz'",
     "compare SIM --models vae FIT --hold-out env_1 --option depth=2 --out OUT": "models vae has the option depth",
     "compare SIM --models vae FIT --hold-out env_9 --out OUT": "SIM: no environment 'env_9'",

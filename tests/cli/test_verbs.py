@@ -263,6 +263,14 @@ def test_evaluate_notes_environments_of_the_training(works: Works, run: Path, sc
     assert "note: the run was fitted to cells of 'env_1'" in text
 
 
+def test_models_are_scored_recentred_where_asked(works: Works, run: Path, screen: Path, tmp_path: Path) -> None:
+    for on in ("training_mean", "additive", "cell_line,time"):
+        out = tmp_path / "scores.csv"
+        works("evaluate", run, screen, "--degs", "0", "--recentre", on, "--out", out)
+        table = pd.read_csv(out)
+        assert {"environment_vae", "environment_vae, recentred"} <= set(table["model"]), on
+
+
 def test_what_leaks_is_noted(works: Works, run: Path, screen: Path, tmp_path: Path) -> None:
     text = works("evaluate", run, screen, "--degs", "0", "--protocol", "environment", "--plate", "perturbation")
     assert "leak (plate)" not in text
