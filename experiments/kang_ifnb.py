@@ -46,11 +46,11 @@ class Kang(Sizes):
     """
 
     models: tuple[str, ...] = tuple(FEW)
-    profiled: tuple[str, ...] = ("conditional_vae", "cpa", "latent_additive", "decoder_only")
+    profiled: tuple[str, ...] = ("conditional_vae", "cpa")
     types: tuple[str, ...] = TYPES
     chosen_by: int = 2
     genes: int = 1000
-    kl_weights: tuple[float, ...] = (10.0, 100.0)
+    kl_weights: tuple[float, ...] = (10.0,)
     epochs: int = 20
     batch_size: int = 64
     lr: float = 1e-2

@@ -108,7 +108,7 @@ class ScreenWithTruth:
         cells: in each environment.
         steps: of training, of batches of 128 cells; `refine` adds half as many.
         lr: of training, falling to 0.
-        hidden: units of the one hidden layer of decoder and encoder.
+        hidden: units of the hidden layers of decoder and encoder; the truth has two on the sparse screen.
         asked: held-out cells of each environment that counterfactuals are asked of.
     """
 
@@ -120,7 +120,7 @@ class ScreenWithTruth:
     cells: int = 60
     steps: int = 400
     lr: float = 3e-3
-    hidden: int = 64
+    hidden: tuple[int, ...] = (64, 64)
     asked: int = 15
 
     @classmethod
@@ -129,10 +129,13 @@ class ScreenWithTruth:
         if name == "smoke":
             return cls(
                 screens=("causal",), models=("vae", "translation_vae, refined"), singles=8, pairs=2, cells=40,
-                steps=120, lr=1e-2, hidden=16, asked=4,
+                steps=120, lr=1e-2, hidden=(16,), asked=4,
             )  # fmt: skip
         if name == "paper":
-            return cls(screens=tuple(SCREENS), models=(), seeds=5, singles=30, pairs=10, cells=100, steps=1500)
+            return cls(
+                screens=tuple(SCREENS), models=(), seeds=3, singles=30, pairs=10, cells=200, steps=3000,
+                hidden=(128, 128),
+            )  # fmt: skip
         return cls()
 
 
@@ -244,10 +247,10 @@ def trained(row: Row, t: Task, config: ScreenWithTruth) -> Run:
     """All seeds together."""
     latent = t.adata.obsm["z"].shape[1]
     known = recipes.recipe(row.recipe)
-    options = dict(row.options) | {"latent": latent, "hidden": (config.hidden,)}
+    options = dict(row.options) | {"latent": latent, "hidden": config.hidden}
     if "environment_hidden" in known.options:
-        options.setdefault("environment_hidden", (config.hidden,))
-    model, guide = recipes.make(row.recipe, t.train.schema, guide_hidden=(config.hidden,), **options)
+        options.setdefault("environment_hidden", config.hidden[:1])
+    model, guide = recipes.make(row.recipe, t.train.schema, guide_hidden=config.hidden, **options)
     return ps.fit(
         model, guide, t.train, seeds=range(config.seeds), objective=recipes.objective(row.recipe, model, t.train),
         critic_steps=known.critic_steps, epochs=max(2, round(config.steps * 128 / len(t.train))), batch_size=128,

@@ -29,12 +29,15 @@ class Statistics:
         scale: ``(G,)`` its standard deviation, 1 where a gene is constant.
         proportion: ``(G,)`` share of each gene in all counts; zeros where the data are not counts.
         depth: library size to which counts are normalised: the median of the cells'.
+        log_background: ``(P,)`` log of 1 + the count that a fifth of the cells stay below, of each surface protein;
+            None without proteins.
     """
 
     mean: Tensor
     scale: Tensor
     proportion: Tensor
     depth: float
+    log_background: Tensor | None = None
 
     @staticmethod
     def neutral(genes: int) -> "Statistics":

@@ -245,8 +245,10 @@ class NegativeBinomialLikelihood(Likelihood):
 class ProteinMixture(Likelihood):
     """y_p ~ pi NB(mu_b, theta_p) + (1 - pi) NB(mu_f, theta_p): surface proteins, background and foreground.
 
-    Background mu_b ~ LogNormal, the cell's and protein's own (site ``log_background``); foreground mu_f = mu_b (1 +
-    softplus(net(c))); pi = sigmoid(net(c)). Proteins that were not measured in a cell (NaN) do not count.
+    Background mu_b ~ LogNormal, the cell's and protein's own; foreground mu_f = mu_b (1 + softplus(net(c))); pi =
+    sigmoid(net(c)). Proteins that were not measured in a cell (NaN) do not count. The site ``log_background`` is log
+    mu_b relative to the protein's level in training cells (`Statistics.log_background`): proteins differ a hundredfold
+    in their counts, and a background that starts at one count for all takes thousands of steps to get there.
 
     Args:
         net: c ``(..., d)`` -> ``(..., 2 P)``: foreground, then logits of pi.
@@ -267,16 +269,19 @@ class ProteinMixture(Likelihood):
         self.prior_loc, self.prior_scale, self.raw_dispersion = (
             nn.Parameter(torch.empty(len(schema.proteins))) for _ in range(3)
         )
+        self.level: Tensor
+        level = schema.summary.log_background
+        self.register_buffer("level", torch.ones(len(schema.proteins)) if level is None else level.clone())
 
     def reset_parameters(self) -> None:
-        """Background counts about 3, within a factor of e; theta = e."""
+        """Background within a factor of e of the protein's level; theta = e."""
         with torch.no_grad():
-            self.prior_loc.fill_(1.0)
+            self.prior_loc.zero_()
             self.prior_scale.fill_(_UNIT_SCALE)
             self.raw_dispersion.fill_(1.0)
 
     def background(self, cells: int) -> dist.Independent:
-        """Log mu_b of cells, a priori."""
+        """Log mu_b of cells relative to each protein's level, a priori."""
         loc = self.prior_loc.expand(cells, -1)
         return normal(loc, (_SMALLEST_SPREAD + F.softplus(self.prior_scale)).expand_as(loc))
 
@@ -284,7 +289,7 @@ class ProteinMixture(Likelihood):
         """p(y | c, background) of each protein."""
         raw, logits = self.decode(c, batch).chunk(2, -1)
         bound = _LOG_DISPERSION_BOUND
-        background = _LOG_BACKGROUND_BOUND * torch.tanh(log_background / _LOG_BACKGROUND_BOUND)
+        background = self.level + _LOG_BACKGROUND_BOUND * torch.tanh(log_background / _LOG_BACKGROUND_BOUND)
         foreground = background + torch.log1p(F.softplus(raw))
         return TwoNegativeBinomials(background, foreground, logits, bound * torch.tanh(self.raw_dispersion / bound))
 

@@ -296,8 +296,17 @@ class EnvironmentDataset:
                 scale=torch.as_tensor(scale, dtype=torch.float32),
                 proportion=torch.as_tensor(proportion, dtype=torch.float32),
                 depth=depth,
+                log_background=self._log_background(),
             ),
         )
+
+    def _log_background(self) -> Tensor | None:
+        """Of `Statistics`; 0 for a protein that no cell has measured."""
+        if self.y is None:
+            return None
+        measured = self.y[~np.isnan(self.y).any(axis=1)]
+        level = np.quantile(measured, 0.2, axis=0) if len(measured) else np.zeros(self.y.shape[1])
+        return torch.as_tensor(np.log1p(level), dtype=torch.float32)
 
     # ------------------------------------------------------------------ cells out
     def __getitem__(self, index: Any) -> Batch:

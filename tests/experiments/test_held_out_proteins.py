@@ -22,11 +22,21 @@ def test_proteins_are_predicted_from_rna(tmp_path: Path) -> None:
         assert rna["correlation within"] > 0.5 > condition["correlation within"]
         # cells whose proteins are shown are reconstructed better than those that show RNA alone
         assert table.loc[("both", f"{family}, also without proteins"), "r2"] > rna["r2"]
+        # were training too short, not even the means would be right
+        asked = f"{family}, also the RNA asked about"
+        assert table.loc[("RNA", asked), "r2"] > condition["r2"] + 0.2
+        # an average of predictions has no more error than they have on average
+        assert table.loc[("RNA", f"{asked}{experiment.MEAN}"), "r2"] > table.loc[("RNA", asked), "r2"]
     moved = pd.read_csv(folder / "counterfactual.csv").set_index(["what", "method"])
     assert (
         moved.loc[("proteins", "mean shift"), "energy distance"]
         < moved.loc[("proteins", "no change"), "energy distance"]
     )
+    for family in experiment.FAMILIES:
+        assert moved.loc[("proteins", f"{family}, also without proteins"), "delta pearson"] > 0.8
+        # the RNA of the cells asked about is no truth for a model that was trained on it
+        assert ("RNA", f"{family}, whole cells") in moved.index
+        assert ("RNA", f"{family}, also the RNA asked about") not in moved.index
     assert (folder / "proteins.png").is_file()
 
 
@@ -38,15 +48,18 @@ def test_folds_hold_every_cell_once_and_every_condition() -> None:
     assert counts.max() - counts.min() <= 1
 
 
-def test_copies_have_rna_and_no_proteins() -> None:
-    cells = experiment.read("simulated").subset(np.arange(5))
-    both = experiment.with_copies(cells)
-    assert both.y is not None
+def test_models_are_trained_on_no_protein_of_the_cells_asked_about() -> None:
+    cells = experiment.read("simulated").subset(np.arange(8))
     assert cells.y is not None
-    np.testing.assert_array_equal(both.y[:5], cells.y)
-    assert np.isnan(both.y[5:]).all()
-    np.testing.assert_array_equal(both.x[5:], cells.x)
-    assert len(set(both.cells)) == 10
+    known = np.arange(8) < 5
+    for trained, number in zip(experiment.TRAINED, (5, 10, 13), strict=True):
+        found = experiment.training_cells(cells, known, trained)
+        assert found.y is not None
+        assert len(found) == len(set(found.cells)) == number
+        np.testing.assert_array_equal(found.y[:5], cells.y[:5])
+        assert np.isnan(found.y[5:]).all()
+        np.testing.assert_array_equal(found.x, cells.x[[*range(5), *range(5), *range(5, 8)][:number]])
+        np.testing.assert_array_equal(found.env, cells.env[[*range(5), *range(5), *range(5, 8)][:number]])
     # what is held out stays what it was
     assert not np.isnan(cells.y).any()
     assert np.isnan(experiment.without_proteins(cells).y).all()

@@ -96,6 +96,23 @@ def test_the_divergence_of_the_background_is_that_of_two_log_normals() -> None:
     assert (p.base_dist.scale > 0.1).all()
 
 
+def test_backgrounds_start_at_each_proteins_level() -> None:
+    data = cells()
+    assert data.y is not None
+    y = data.y.copy()
+    y[:, 1] = 300 + np.arange(len(y)) % 5  # a protein of high counts
+    y[:4] = np.nan
+    made_of = replace(data, y=y)
+    level = np.log1p(np.quantile(y[4:], 0.2, axis=0))
+    found = made_of.schema.summary.log_background
+    assert found is not None
+    np.testing.assert_allclose(found.numpy(), level, rtol=1e-6)
+    model, _ = recipes.make("multicpa", made_of.schema, latent=3, hidden=(4,))
+    law = model.likelihoods[1].mixture(torch.zeros(1, 3), made_of.batch(np.arange(1)), torch.zeros(1, y.shape[1]))
+    np.testing.assert_allclose(law.background.detach().numpy()[0], level, rtol=1e-5)
+    assert replace(data, y=np.full_like(y, np.nan)).schema.summary.log_background.tolist() == [0.0] * y.shape[1]
+
+
 def test_missing_proteins_are_worth_nothing() -> None:
     model, guide, batch = made()
     none = replace(batch, y=torch.full_like(batch.y, torch.nan))
