@@ -48,9 +48,9 @@ class Kang(Sizes):
     models: tuple[str, ...] = tuple(FEW)
     profiled: tuple[str, ...] = ("conditional_vae", "cpa")
     types: tuple[str, ...] = TYPES
-    chosen_by: int = 2
+    chosen_by: int = 1
     genes: int = 1000
-    kl_weights: tuple[float, ...] = (10.0,)
+    kl_weights: tuple[float, ...] = (1.0, 10.0)
     epochs: int = 20
     batch_size: int = 64
     lr: float = 1e-2

@@ -43,7 +43,7 @@ class Norman(Sizes):
     tasks: tuple[str, ...] = TASKS
     folds: int = 6
     chosen_by: int = 2
-    kl_weights: tuple[float, ...] = (10.0, 100.0)
+    kl_weights: tuple[float, ...] = (1.0, 10.0, 100.0)
     epochs: int = 20
     batch_size: int = 64
     lr: float = 1e-2

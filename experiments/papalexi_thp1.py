@@ -46,7 +46,7 @@ class Papalexi(Sizes):
     models: tuple[str, ...] = tuple(FEW)
     folds: int = 5
     chosen_by: int = 2
-    kl_weights: tuple[float, ...] = (10.0, 100.0)
+    kl_weights: tuple[float, ...] = (1.0, 10.0)
     most: int = 150
     epochs: int = 10
     batch_size: int = 64

@@ -1,6 +1,7 @@
 """Tables and figures of `protocol.compared`, over one split or several."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,20 +12,33 @@ from pyro_scm.comparison import Comparison
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figure", "joined", "judged", "published", "reported", "sentence"]
+__all__ = ["CHOSEN", "figure", "joined", "judged", "published", "reported", "sentence"]
 
+CHOSEN = ", as chosen"
 _MAIN = "delta_pearson"
 
 
 def joined(parts: Sequence[Table]) -> Comparison:
-    """Comparisons of several splits, each condition held out in one, as one; what is not in all of them is left out."""
-    several = [part.comparison for part in parts]
+    """Comparisons of several splits, each condition held out in one, as one; what is not in all of them is left out.
+
+    With a row for each model in the variant that was chosen for it in each split, of the mean of its members.
+    """
+    several = [replace(part.comparison, scores=_with_chosen(part)) for part in parts]
     scores = pd.concat([part.scores for part in several], ignore_index=True)
     names = [n for part in several for n in part.config["environments"]]
     full = scores.groupby("model")["environment"].nunique() == len(names)
     units = {name: own for part in several for name, own in part.config["units"].items()}
     config = {**several[0].config, "units": units, "environments": names}
     return Comparison(scores[scores["model"].map(full)].reset_index(drop=True), config=config)
+
+
+def _with_chosen(part: Table) -> pd.DataFrame:
+    scores = part.comparison.scores
+    rows = [
+        scores[scores["model"] == f"{own['variant']}{ENSEMBLE}"].assign(model=f"{own['model']}{CHOSEN}")
+        for own in part.chosen.to_dict("records")
+    ]
+    return pd.concat([scores, *rows], ignore_index=True)
 
 
 def judged(comparison: Comparison, names: Sequence[str]) -> pd.DataFrame:
@@ -48,10 +62,10 @@ def reported(name: str, parts: Sequence[Table], groups: "pd.Series[Any] | None" 
     both = joined(parts)
     main = both.scores[both.scores["metric"] == _MAIN]
     means = main.groupby(["model", "environment"], sort=False)["value"].mean().unstack("environment")
-    plain = [n for n in main.loc[main["kind"] == "model", "model"].unique() if n.endswith(ENSEMBLE)]
+    names = [str(n) for n in main["model"].unique() if str(n).endswith(CHOSEN)]
     verdicts = [judged(both, [CHAMPION]).assign(corrected_for=1)] if CHAMPION in set(main["model"]) else []
-    if plain:
-        verdicts.append(judged(both, plain).assign(corrected_for=len(plain)))
+    if names:
+        verdicts.append(judged(both, names).assign(corrected_for=len(names)))
     if groups is None:
         groups = pd.Series("all", index=both.config["environments"])
     chosen = [part.chosen.assign(split=i, champion=part.champion) for i, part in enumerate(parts)]
@@ -65,10 +79,11 @@ def reported(name: str, parts: Sequence[Table], groups: "pd.Series[Any] | None" 
 
 
 def figure(parts: Sequence[Table]) -> "Figure":
-    """Scores of baselines, ceiling, champion and of each model's ensemble."""
+    """Scores of baselines, ceiling, champion, and of each model as it is and as chosen."""
     both = joined(parts)
-    kept = (both.scores["kind"] != "model") | both.scores["model"].str.endswith(ENSEMBLE)
-    shown = both.scores[kept | both.scores["model"].isin([CHAMPION])]
+    models = [n for part in parts for n in part.chosen.get("model", ())]
+    kept = (both.scores["kind"] != "model") | both.scores["model"].str.endswith(CHOSEN)
+    shown = both.scores[kept | both.scores["model"].isin([CHAMPION, *models])]
     return Comparison(shown.reset_index(drop=True), config=both.config).figure()
 
 

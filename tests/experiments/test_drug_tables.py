@@ -132,6 +132,8 @@ def test_a_model_that_can_know_wins_and_is_chosen_on_training_conditions() -> No
     assert (found.chosen["fit_cpu_s"] > 0).all()
     tables = reports.reported("doses", [found])
     assert tables["doses_gate"].loc[protocol.CHAMPION, "corrected_for"] == 1
+    chosen = tables["doses_scores"].groupby("model")["value"].sum()
+    assert chosen[f"decoder_only{reports.CHOSEN}"] == pytest.approx(chosen[found.champion])
     assert protocol.CHAMPION in reports.sentence([found])
 
 
