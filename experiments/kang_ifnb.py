@@ -46,7 +46,7 @@ class Kang(Sizes):
     """
 
     models: tuple[str, ...] = tuple(FEW)
-    profiled: tuple[str, ...] = ("conditional_vae", "cpa")
+    profiled: tuple[str, ...] = ("conditional_vae",)
     types: tuple[str, ...] = TYPES
     chosen_by: int = 1
     genes: int = 1000

@@ -44,10 +44,9 @@ class Lines(Sizes):
 
     batch_size: int = 32
     fraction: float = 0.3
-    kl_weights: tuple[float, ...] = (10.0, 100.0)
     latent: int = 30
     hidden: int = 256
-    epochs: int = 200
+    epochs: int = 100
     cells: int = 6
     precision: str = "bfloat16"
     draw: int = 0
@@ -132,7 +131,7 @@ def question(config: Lines) -> tuple[Question, Question, pd.DataFrame]:
     split = splits.Split(cells.subset(~held), None, cells.subset(held), protocol="combination")
     references = cells.subset(cells.reference[cells.env])  # no change, without noise: nothing to keep apart
     made = asked(split, config.top, references)
-    inside = inner(made, held_out_pairs(made.train, config.fraction, config.draw + 1), config.top)
+    inside = inner(made, held_out_pairs(made.train, config.fraction, config.draw + 1), config.top, references)
     return made, inside, ceiling(obs, x)
 
 

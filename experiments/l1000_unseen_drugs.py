@@ -53,9 +53,8 @@ class L1000(Sizes):
 
     parts: tuple[str, ...] = PARTS
     bits: int = 256
-    kl_weights: tuple[float, ...] = (10.0, 100.0)
     latent: int = 30
-    hidden: int = 512
+    hidden: int = 256
     epochs: int = 100
     batch_size: int = 128
     cells: int = 30

@@ -41,9 +41,9 @@ class Norman(Sizes):
 
     models: tuple[str, ...] = tuple(FEW)
     tasks: tuple[str, ...] = TASKS
-    folds: int = 6
+    folds: int = 3
     chosen_by: int = 2
-    kl_weights: tuple[float, ...] = (1.0, 10.0, 100.0)
+    kl_weights: tuple[float, ...] = (10.0, 100.0)
     epochs: int = 20
     batch_size: int = 64
     lr: float = 1e-2

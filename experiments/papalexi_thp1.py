@@ -45,7 +45,7 @@ class Papalexi(Sizes):
 
     models: tuple[str, ...] = tuple(FEW)
     folds: int = 5
-    chosen_by: int = 2
+    chosen_by: int = 1
     kl_weights: tuple[float, ...] = (1.0, 10.0)
     most: int = 150
     epochs: int = 10

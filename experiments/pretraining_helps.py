@@ -53,9 +53,9 @@ class Pretraining(Sizes):
     """
 
     models: tuple[str, ...] = ("chemcpa",)
-    kl_weights: tuple[float, ...] = (100.0,)
+    kl_weights: tuple[float, ...] = (10.0,)
     latent: int = 30
-    hidden: int = 512
+    hidden: int = 256
     epochs: int = 100
     cells: int = 30
     precision: str = "bfloat16"

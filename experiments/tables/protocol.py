@@ -9,7 +9,7 @@ The champion is one row of the table, and the only one that a verdict is about w
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -102,7 +102,6 @@ class Table:
         champion: its name, among all models and variants.
         changes: name -> predicted changes ``[K, E, G]``.
         baselines: fitted.
-        runs: by model.
     """
 
     comparison: Comparison
@@ -110,7 +109,6 @@ class Table:
     champion: str
     changes: dict[str, FloatArray]
     baselines: dict[str, Baseline]
-    runs: dict[str, Run] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------- a model's fit
@@ -275,5 +273,4 @@ def with_run(
         table,
         comparison=replace(table.comparison, scores=scores),
         changes=table.changes | changes,
-        runs={**table.runs, name: run},
     )

@@ -117,15 +117,22 @@ def _spread(train: EnvironmentDataset, depth: float) -> FloatArray:
     return found + max(float(np.median(found)), 1e-6)
 
 
-def inner(question: Question, names: Sequence[str], top: int = 50) -> Question:
-    """The same question about training conditions, to choose by.
+def inner(
+    question: Question, names: Sequence[str], top: int = 50, references: EnvironmentDataset | None = None
+) -> Question:
+    """The same question about training conditions, to choose by, with as much kept apart.
 
-    All training controls are both trained on and scored against, for there may be few: these scores rank models, and
-    are too high to be compared with those of the held-out conditions.
+    Scored against controls that are trained on too, a choice would fall on whatever repeats their noise.
+
+    Args:
+        question: whose training cells are split.
+        names: training conditions to hold out.
+        top: differential genes.
+        references: see `asked`.
     """
     train = question.train
     held = np.isin(train.env, train.environment_index(*names))
-    return asked(Split(train.subset(~held), None, train.subset(held)), top, train.subset(train.reference[train.env]))
+    return asked(Split(train.subset(~held), None, train.subset(held)), top, references)
 
 
 # ---------------------------------------------------------------------- what is simple
