@@ -61,8 +61,8 @@ RECENTRE = {
 class Doses(Sizes):
     """Sizes.
 
-    Of the conditions to choose by, part high, 10 latents, 64 units and 40 epochs predict less than these (Pearson delta of
-    latent_additive .40 and .44, decoder_only .36 and .45, environment_vae .31 and .39, conditional_vae .40 and .42).
+    On the conditions to choose by, part high, 10 latents, 64 units and 40 epochs predict less than these: Pearson delta
+    of latent_additive .40 and .44, decoder_only .36 and .45, environment_vae .31 and .39, conditional_vae .40 and .42.
 
     Args:
         parts: of `PARTS`.

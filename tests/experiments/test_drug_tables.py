@@ -76,6 +76,22 @@ def test_the_truth_scores_best_and_the_offset_changes_r2_alone() -> None:
     assert half[0]["r2"] < 0.8 < 0.95 < half[1]["r2"]  # what a published r2 owes to the genes' levels
 
 
+def test_the_inner_question_keeps_controls_apart_too() -> None:
+    """Were controls trained on and scored against, the inner scores of a screen without effects would be above 0."""
+    rng = np.random.default_rng(0)
+    scores = []
+    for seed in range(8):
+        cells = screen(cells=4, genes=300, noise=0.0, seed=seed)
+        cells = replace(cells, x=rng.normal(size=cells.x.shape).astype(np.float32))
+        task = questions.asked(held_out(cells))
+        names = [str(n) for n in task.train.environments.index[task.train.present][-3:]]
+        inside = questions.inner(task, names)
+        scored_against = len(task.train.of("control")) - len(inside.train.of("control"))
+        assert scored_against == len(task.train.of("control")) // 2
+        scores.append(inside.pearson(questions.simple(inside, {}, ())[1]["training_mean"]))
+    assert abs(np.mean(scores)) < 0.1
+
+
 def test_the_inner_question_holds_out_training_conditions_only() -> None:
     task = questions.asked(held_out(screen()))
     names = [str(n) for n in task.train.environments.index[task.train.present][-2:]]
@@ -178,6 +194,9 @@ def test_models_are_fitted_to_at_most_so_many_cells_of_a_condition_and_to_all_re
 
 
 # ---------------------------------------------------------------------- hepatocytes
+SMALL_DOSES: dict[str, Any] = {"models": ("decoder_only",), "bits": 64}
+
+
 def hepatocytes(noise: float = 1.0, drugs: int = 40, genes: int = 50) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Arrays in TG-GATEs' layout; control arrays of a drug share a batch effect."""
     rng = np.random.default_rng(0)
@@ -229,6 +248,21 @@ def test_the_ceiling_is_what_knowing_the_truth_reaches() -> None:
     assert np.std(truth) == pytest.approx(1, abs=0.05)
     assert limit["r, mean"] == pytest.approx(1 / 3, abs=0.03)  # signal 1, noise 1 + 1
     assert limit["ceiling"] == pytest.approx((1 / 2.5) ** 0.5, abs=0.03)  # truth: noise 1 / 2 + 1
+
+
+def test_choices_share_no_control_with_what_they_are_made_from(data_folder: Path) -> None:
+    """Held-out conditions are in neither the inner training nor its truth, and inner truths are from other controls."""
+    config = tggates_doses.Doses(**SMALL_DOSES)
+    made, choosing, _ = tggates_doses.question("high", config)
+    train = choosing.train
+    present = {str(train.environments.index[e]) for e in train.present}
+    assert len(choosing.names) == 30
+    assert not set(made.names) & (present | set(choosing.names))
+    assert not set(choosing.names) & present
+    # the mean of a drug's other doses, from another control, is no better than in the scored question
+    drug = {"mean of the drug": questions.alike("perturbation")}
+    inside, outside = (q.pearson(questions.simple(q, drug, ())[1]["mean of the drug"]) for q in (choosing, made))
+    assert abs(inside - outside) < 0.12
 
 
 # ---------------------------------------------------------------------- L1000
