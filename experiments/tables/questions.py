@@ -146,7 +146,8 @@ def simple(
 ) -> tuple[dict[str, Baseline], dict[str, FloatArray]]:
     """The suite's baselines and further ones, fitted, and the changes ``[E, G]`` that they predict.
 
-    Ridge stands there recentred as well, as models do: what recentring gives is not to be taken for what a model knows.
+    Ridge stands there recentred as well, and halfway to the baseline that it is recentred on, as models do: what
+    recentring and averaging give is not to be taken for what a model knows.
 
     Args:
         question: what is asked.
@@ -161,5 +162,6 @@ def simple(
     seen = ridge.predict(ridge.trained_names)
     for name in recentre:
         if name != "ridge":
-            changes[f"ridge on {name}"] = changes["ridge"] + made[name].of_rest(seen, question.names)
+            whole = changes["ridge"] + made[name].of_rest(seen, question.names)
+            changes |= {f"ridge on {name}": whole, f"ridge half on {name}": (whole + changes[name]) / 2}
     return made, changes

@@ -107,7 +107,9 @@ def test_ridge_stands_beside_itself_recentred() -> None:
     ridge = made["ridge"]
     left = made["mean of the dose"].of_rest(ridge.predict(ridge.trained_names), question.names)
     assert np.abs(left).max() > 0
-    np.testing.assert_allclose(changes["ridge on mean of the dose"], changes["ridge"] + left)
+    whole = changes["ridge"] + left
+    np.testing.assert_allclose(changes["ridge on mean of the dose"], whole)
+    np.testing.assert_allclose(changes["ridge half on mean of the dose"], (whole + changes["mean of the dose"]) / 2)
 
 
 def test_the_published_form_by_hand() -> None:
