@@ -18,12 +18,12 @@ from experiments import (
     tggates_doses,
 )
 from experiments.tables import protocol, questions, reports
-from experiments.tables.models import suite
+from experiments.tables.models import MANY, suite
 from experiments.tables.protocol import Sizes
 from pyro_scm.comparison import COLUMNS, Comparison
 from pyro_scm.data import chemcpa_files, splits
 from pyro_scm.data.dataset import EnvironmentDataset
-from pyro_scm.errors import DataError
+from pyro_scm.errors import DataError, ModelError
 
 
 def screen(cells: int = 4, genes: int = 30, noise: float = 0.1, seed: int = 0) -> EnvironmentDataset:
@@ -349,3 +349,14 @@ def test_real_data_scripts_run_small(module: Any, config: Any, data_folder: Path
     assert (numbers <= 1).all()
     mean = table[table["model"] == "training_mean"]["delta Pearson"].mean()
     assert -0.1 < mean < 0.9
+
+
+def test_mechanisms_are_told_to_models_that_can_read_them(data_folder: Path) -> None:
+    config = l1000_unseen_drugs.L1000(bits=64)
+    cells = l1000_unseen_drugs.mechanism_question(config).train
+    for name, options in suite(MANY, l1000_unseen_drugs.UNSEEN).items():
+        if name in l1000_unseen_drugs._BY_NAME:
+            with pytest.raises(ModelError, match="multi-hot"):
+                protocol.program(name, cells, config, options)
+        else:
+            protocol.program(name, cells, config, options)
