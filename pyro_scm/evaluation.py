@@ -36,7 +36,15 @@ from pyro_scm.errors import DataError, ModelError, listing
 from pyro_scm.gate import LOWER_IS_BETTER
 from pyro_scm.infer import fit
 from pyro_scm.latent_recovery import recovery
-from pyro_scm.mean_predictions import log_expression, on_device, predict_cells, predict_means, reference_cells
+from pyro_scm.mean_predictions import (
+    log_expression,
+    on_device,
+    predict_cells,
+    predict_means,
+    predict_recentred,
+    recentring,
+    reference_cells,
+)
 from pyro_scm.objectives import Objective
 from pyro_scm.query import isolated, transport
 from pyro_scm.run import Run, members
@@ -362,11 +370,7 @@ def compare(
         own = {"objective": recipes.objective(made[name][0], model, task.train), "critic_steps": recipe.critic_steps}
         settings = {"seeds": seeds, "epochs": epochs, "progress": progress, **own, **fit_options}
         runs[name] = fit(model, guide, task.train, validation=split.validation, **settings)
-        rows += [
-            (name, "model", *found) for found in _model_scores(runs[name], task, _before(task), cells, seed, distances)
-        ]
-        if recentre:
-            rows += _recentred_rows(name, runs[name], task, cells, seed, recentre)
+        rows += _model_rows(name, runs[name], task, cells, seed, distances, recentre)
     described = {name: {"recipe": recipe, **options} for name, (recipe, options) in made.items()}
     training = {"seeds": list(seeds), "epochs": epochs, **fit_options}
     config = _config(split, task, described, training, baselines, degs, cells, seed, protocol)
@@ -413,9 +417,7 @@ def evaluate(
     rows = _baseline_rows(task, baselines, cells if distances else 0, seed)
     for name, run in runs.items():
         task = replace(task, notes=(*task.notes, *_trained_references(name, run, task)))
-        rows += [(name, "model", *found) for found in _model_scores(run, task, _before(task), cells, seed, distances)]
-        if recentre:
-            rows += _recentred_rows(name, run, task, cells, seed, recentre)
+        rows += _model_rows(name, run, task, cells, seed, distances, recentre)
     described = {name: dict(getattr(run.model, "spec", None) or {}) for name, run in runs.items()}
     training = {name: {"seeds": list(run.seeds), **asdict(run.settings)} for name, run in runs.items()}
     config = _config(split, task, described, training, baselines, degs, cells, seed, protocol)
@@ -478,30 +480,27 @@ def _options(
     return made
 
 
-def _model_scores(
-    run: Run, task: _Task, before: FloatArray, cells: int, seed: int, distances: bool
-) -> Iterator[tuple[int, str, str, float]]:
-    """(seed, environment, metric, value) of every member."""
-    if distances:
-        yield from _distance_scores(run, task, cells, seed)
-    depth = task.train.schema.summary.depth
-    predicted = predict_means(run, task.train, task.environments, cells=cells, seed=seed)
-    for own, means, (model, guide) in zip(run.seeds, predicted, members(run), strict=True):
-        for found in task.scores(means - before):
-            yield own, *found
-        for name in task.environments:
-            for metric, value in _cell_scores(model, guide, task.held_out.of(name), len(task.train), depth).items():
-                yield own, name, metric, value
-
-
-def _recentred_rows(
-    name: str, run: Run, task: _Task, cells: int, seed: int, recentre: bool | str | Sequence[str]
+def _model_rows(
+    name: str, run: Run, task: _Task, cells: int, seed: int, distances: bool, recentre: bool | str | Sequence[str]
 ) -> Iterator[tuple[str, str, int, str, str, float]]:
-    """Rows of `Comparison.scores` for a model's recentred predictions."""
-    predicted = predict_means(run, task.train, task.environments, cells=cells, seed=seed, recentre=recentre)
-    for own, means in zip(run.seeds, predicted, strict=True):
-        for found in task.scores(means - _before(task)):
-            yield f"{name}{RECENTRED}", "model", own, *found
+    """Rows of `Comparison.scores` of every member, and those of its recentred predictions."""
+    if distances:
+        for found in _distance_scores(run, task, cells, seed):
+            yield name, "model", *found
+    before, depth = _before(task), task.train.schema.summary.depth
+    baselines = {f"{name}{RECENTRED}": recentring(recentre).fit(task.train)} if recentre else {}
+    predicted, recentred = predict_recentred(run, task.train, task.environments, baselines, cells=cells, seed=seed)
+    for own, means, (model, guide) in zip(run.seeds, predicted, members(run), strict=True):
+        for scored in task.scores(means - before):
+            yield name, "model", own, *scored
+        for environment in task.environments:
+            each = _cell_scores(model, guide, task.held_out.of(environment), len(task.train), depth)
+            for metric, value in each.items():
+                yield name, "model", own, environment, metric, value
+    for label, several in recentred.items():
+        for own, means in zip(run.seeds, several, strict=True):
+            for scored in task.scores(means - before):
+                yield label, "model", own, *scored
 
 
 def _distance_scores(run: Run, task: _Task, cells: int, seed: int) -> Iterator[tuple[int, str, str, float]]:

@@ -1,7 +1,7 @@
 """Mean expression, and cells, that a fitted model predicts in environments it has not seen."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +20,15 @@ from pyro_scm.query import isolated, transport
 from pyro_scm.run import Environments, Fitted, Run, members
 from pyro_scm.sites import X
 
-__all__ = ["log_expression", "on_device", "predict_cells", "predict_means", "recentring", "reference_cells"]
+__all__ = [
+    "log_expression",
+    "on_device",
+    "predict_cells",
+    "predict_means",
+    "predict_recentred",
+    "recentring",
+    "reference_cells",
+]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -74,10 +82,8 @@ def predict_means(
             "give cells with the run's genes in their order"
         )
     if recentre:
-        baseline = recentring(recentre).fit(train)
-        found = predict_means(run, train, [*environments, *baseline.trained_names], cells=cells, seed=seed)
-        plain, again = found[:, : len(environments)], found[:, len(environments) :]
-        return plain + np.stack([baseline.of_rest(own, environments) for own in again])
+        baselines = {"on": recentring(recentre).fit(train)}
+        return predict_recentred(run, train, environments, baselines, cells=cells, seed=seed)[1]["on"]
     sets = matched_references(train, environments)
     depth = train.schema.summary.depth
     table = run.environments if isinstance(run, Run) else Environments.of(train)
@@ -95,6 +101,34 @@ def predict_means(
                 torch.manual_seed(seed + k)
                 result[k, asked] += _mean_changes(model, guide, chosen, table, names, depth, draws)
     return result
+
+
+def predict_recentred(
+    run: Fitted,
+    train: EnvironmentDataset,
+    environments: Sequence[str],
+    baselines: Mapping[str, Baseline],
+    *,
+    cells: int = 500,
+    seed: int = 0,
+) -> tuple[FloatArray, dict[str, FloatArray]]:
+    """`predict_means` as it is, and recentred on each baseline; every environment is predicted once for all of them.
+
+    Args:
+        run: see `predict_means`.
+        train: see `predict_means`.
+        environments: names.
+        baselines: fitted to `train`.
+        cells: see `predict_means`.
+        seed: see `predict_means`.
+    """
+    seen = next(iter(baselines.values())).trained_names if baselines else []
+    both = predict_means(run, train, [*environments, *seen], cells=cells, seed=seed)
+    plain, again = both[:, : len(environments)], both[:, len(environments) :]
+    return plain, {
+        name: plain + np.stack([baseline.of_rest(own, environments) for own in again])
+        for name, baseline in baselines.items()
+    }
 
 
 def recentring(on: str | Sequence[str] | bool) -> Baseline:

@@ -22,8 +22,8 @@ from pyro_scm import recipes
 from pyro_scm.baselines import Baseline
 from pyro_scm.comparison import COLUMNS, Comparison
 from pyro_scm.data.dataset import EnvironmentDataset
-from pyro_scm.evaluation import predict_means
 from pyro_scm.infer import fit
+from pyro_scm.mean_predictions import predict_recentred
 from pyro_scm.run import Run
 from pyro_scm.threads import few_threads
 
@@ -158,14 +158,11 @@ def variants(
         sizes: of it.
         baselines: to recentre on, fitted to the question's training cells.
     """
-    seen = next(iter(baselines.values())).trained_names if baselines else []
     with few_threads():
-        both = predict_means(run, question.train, [*question.names, *seen], cells=sizes.cells)
-    asked, again = both[:, : len(question.names)] - question.before, both[:, len(question.names) :]
-    found = {name: asked}
-    for on, baseline in baselines.items():
-        whole = asked + np.stack([baseline.of_rest(own, question.names) for own in again])
-        own = baseline.predict(question.names) - question.before
+        plain, recentred = predict_recentred(run, question.train, question.names, baselines, cells=sizes.cells)
+    found = {name: plain - question.before}
+    for on, means in recentred.items():
+        whole, own = means - question.before, baselines[on].predict(question.names) - question.before
         found |= {f"{name}{RECENTRED}{on}": whole, f"{name}{HALF}{on}": (whole + own) / 2}
     return found
 
